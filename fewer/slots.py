@@ -1,0 +1,287 @@
+"""The slots: one page to read before adding a method.
+
+Every method removes one kind of work, so it plugs into one slot, implements that slot's protocol below, and
+registers itself with `@method`. A spec such as ``sink-window:sinks=4,window=508`` names a method and sets fields of
+its frozen config dataclass; `parse_spec` checks both.
+
+    slot       what a method supplies                     where the engine calls it
+    weights    WeightMethod -> WeightFormat               once, while loading
+    cache      KVCache, with one LayerCache a layer       inside every attention layer
+    decoding   Strategy or Drafter                        around every target pass
+    experts    Router, ExpertStore                        inside every mixture-of-experts layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fewer.errors import UsageError
+from fewer.formats.base import WeightFormat
+from fewer.model.config import ModelConfig
+from fewer.model.step import LayerCache, Step
+
+Slot = Literal["weights", "cache", "experts", "decoding"]
+SLOTS: tuple[Slot, ...] = ("weights", "cache", "experts", "decoding")
+DEFAULTS: dict[Slot, str] = {"weights": "auto", "cache": "full", "experts": "resident", "decoding": "plain"}
+
+
+# ── cache: fewer keys and values ────────────────────────────────────────────────────────────────────────────────────
+
+
+class KVCache(Protocol):
+    """Keys and values of B sequences. State that layers share lives here, never on modules.
+
+    What a step appends is tentative until `commit`. `layers[i].attend` is all that the network sees.
+    """
+
+    layers: Sequence[LayerCache]
+    can_rollback: bool  # False: speculation is refused with this cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors really allocated."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each row (logical: as many as were ever committed)."""
+        ...
+
+    @property
+    def physical_lengths(self) -> list[int]:
+        """Slots of each row that hold a key now."""
+        ...
+
+    def positions(self, row: int, layer: int = 0) -> Tensor:
+        """Absolute position of each key that `row` still holds in `layer`: [physical length] int64."""
+        ...
+
+    def commit(self, kept: Sequence[int] | Sequence[Sequence[int]]) -> None:
+        """End a step. For each row, `kept` is how many of its new slots stay (a prefix), or the list of those that
+        stay, in ascending order; the others are dropped and the survivors moved together."""
+        ...
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for this many tokens a row in all, or raise a FewerError."""
+        ...
+
+
+# ── weights: fewer bits ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WeightMethod(Protocol):
+    """Turns the matrix called `name` into a format. `hessian` [K, K] is given to methods that ask for calibration."""
+
+    needs_calibration: bool
+
+    def quantize(self, name: str, weight: Tensor, hessian: Tensor | None = None) -> WeightFormat: ...
+
+
+# ── experts: fewer experts ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Router(Protocol):
+    def route(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x [n, d] -> experts [n, k] int64, weights [n, k]."""
+        ...
+
+
+class ExpertStore(Protocol):
+    def run(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [n, d], experts and weights [n, k] -> [n, d]."""
+        ...
+
+
+# ── decoding: fewer steps ───────────────────────────────────────────────────────────────────────────────────────────
+
+Origin = Literal["deterministic", "iid", "without-replacement"]
+
+
+@dataclass(slots=True)
+class DraftTree:
+    """Guessed continuations of one sequence. Node 0 is the last committed token, which the target has not seen yet.
+
+    `parents[i] < i`, `parents[0] = -1`; a chain has `parents[i] = i - 1`. `origin` says how siblings were produced, and
+    with it which rule is exact. `probabilities` [n + 1, V] holds, for each node, the law its children were drawn from
+    (after warping); "deterministic" needs none.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    origin: Origin = "deterministic"
+    probabilities: Tensor | None = None
+
+    @property
+    def depth(self) -> list[int]:
+        depth = [0] * len(self.tokens)
+        for node in range(1, len(self.tokens)):
+            depth[node] = depth[self.parents[node]] + 1
+        return depth
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+
+class Drafter(Protocol):
+    """Proposes draft trees and learns what was accepted. One drafter serves one sequence."""
+
+    lossless: bool
+
+    def start(self, prompt: Sequence[int]) -> None:
+        """Begin a sequence: the prompt's tokens, without the first generated one."""
+        ...
+
+    def propose(self, context: Sequence[int], limit: int) -> DraftTree:
+        """A tree whose root is context[-1], with at most `limit` nodes below the root (none is fine)."""
+        ...
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """The tokens that the round emitted: accepted draft tokens, then the target's own."""
+        ...
+
+
+class LayerPlan(Protocol):
+    """Which layers run for a token."""
+
+    def plan(self, step: Step, config: ModelConfig) -> Tensor | None:
+        """[B, T, L] bool, or None for all layers."""
+        ...
+
+
+# ── the registry ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method: what `fewer methods` prints and a spec refers to."""
+
+    name: str
+    slot: Slot
+    paper: str | None  # arXiv id
+    lossless: bool  # the output equals the same model's without this method
+    target: Any  # the class or function that fills the seam
+    config: type | None  # its frozen config dataclass
+    summary: str = ""
+    conflicts: Mapping[str, str] = field(default_factory=dict)  # "slot:name" -> the reason they exclude each other
+
+
+_METHODS: dict[tuple[Slot, str], Method] = {}
+_PACKAGES = {"weights": "fewer.weights", "cache": "fewer.cache", "experts": "fewer.experts", "decoding": "fewer.decoding"}
+
+
+def method(
+    name: str,
+    *,
+    slot: Slot,
+    paper: str | None = None,
+    lossless: bool,
+    config: type | None = None,
+    conflicts: Mapping[str, str] | None = None,
+) -> Callable[[Any], Any]:
+    """Register a method under `name` in `slot`. The first line of its module's docstring becomes the summary."""
+
+    def register(target: Any) -> Any:
+        documentation = importlib.import_module(target.__module__).__doc__ or target.__doc__ or ""
+        summary = documentation.strip().splitlines()[0].rstrip(".") if documentation.strip() else ""
+        _METHODS[slot, name] = Method(name, slot, paper, lossless, target, config, summary, dict(conflicts or {}))
+        return target
+
+    return register
+
+
+def methods(slot: Slot | None = None) -> Iterator[Method]:
+    """Every method, or those of one slot, in the order of their registration."""
+    for each in SLOTS if slot is None else (slot,):
+        importlib.import_module(_PACKAGES[each])  # a slot's __init__ imports its method files
+    return iter([entry for (where, _), entry in _METHODS.items() if slot is None or where == slot])
+
+
+def find(slot: Slot, name: str) -> Method:
+    known = {entry.name: entry for entry in methods(slot)}
+    if name not in known:
+        raise UsageError(f"unknown {slot} method '{name}': allowed are {', '.join(known)}{_hint(name, known)}")
+    return known[name]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its settings: one parsed spec."""
+
+    method: Method
+    config: Any = None
+
+    def __str__(self) -> str:
+        if self.config is None:
+            return self.method.name
+        changed = [
+            f"{f.name}={getattr(self.config, f.name)}"
+            for f in dataclasses.fields(self.config)
+            if getattr(self.config, f.name) != f.default
+        ]
+        return self.method.name + (":" + ",".join(changed) if changed else "")
+
+
+def parse_spec(slot: Slot, spec: str) -> Choice:
+    """`name` or `name:key=value,key=value` -> Choice. Raises UsageError naming what is allowed."""
+    name, _, rest = spec.partition(":")
+    entry = find(slot, name.strip())
+    values: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"'{item}' in the spec '{spec}' is not key=value, as in '{name}:key=value,key=value'")
+        if key.strip() in values:
+            raise UsageError(f"the spec '{spec}' sets '{key.strip()}' twice: give it once")
+        values[key.strip()] = value.strip()
+    if entry.config is None:
+        if values:
+            raise UsageError(f"{slot} method '{name}' takes no settings, but the spec '{spec}' sets {', '.join(values)}")
+        return Choice(entry)
+    hints = typing.get_type_hints(entry.config)
+    known = [f.name for f in dataclasses.fields(entry.config)]
+    parsed = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"unknown key '{key}' for {slot} method '{name}': allowed are {', '.join(known)}{_hint(key, known)}")
+        parsed[key] = _parse_value(f"{name}:{key}", value, hints[key])
+    return Choice(entry, entry.config(**parsed))  # the config's __post_init__ checks ranges and raises UsageError
+
+
+def _parse_value(where: str, text: str, kind: Any) -> Any:
+    if typing.get_origin(kind) is Literal:
+        options = [str(option) for option in typing.get_args(kind)]
+        if text not in options:
+            raise UsageError(f"'{where}={text}' is not allowed: choose one of {', '.join(options)}")
+        return typing.get_args(kind)[options.index(text)]
+    options = typing.get_args(kind)
+    if options and type(None) in options:
+        if text.lower() == "none":
+            return None
+        kind = next(option for option in options if option is not type(None))
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UsageError(f"'{where}={text}' is not true or false")
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise UsageError(f"'{where}={text}' is not {wanted}") from None
+
+
+def _hint(wrong: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
