@@ -1,0 +1,1 @@
+"""Checkpoints: names to files, files to tensors under canonical names, tokenizers."""
