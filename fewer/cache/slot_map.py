@@ -1,0 +1,154 @@
+"""Which slot of a row holds which token: the bookkeeping that all layers of one kind share.
+
+A row's live slots are 0..count-1, in ascending position. New tokens go behind them and are tentative until `commit`.
+With a window, tokens that no later query may see are evicted when room runs out: the sinks and the last
+`window + SLACK` tokens stay, so that speculation can still roll back. Exactness never rests on eviction: visibility is
+decided by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.errors import FewerError
+from fewer.model.step import Step
+
+SLACK = 128  # tokens beyond the window that stay: the largest step, and how far a rollback reaches
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What every layer of one kind does in one step."""
+
+    step: Step
+    start: int | None  # first slot written when all rows agree, else None
+    slots: Tensor | None  # [B, T] slots written, when rows differ
+    stop: int  # slots 0..stop-1 are read
+    first: int  # … from this one on
+    mask: Tensor | None  # [B or 1, 1, T, stop - first] bool, or None: every slot is visible (or `causal`)
+    causal: bool  # the plain triangle from slot 0
+
+
+class SlotMap:
+    """Slots of B rows in layers that keep `sinks` first tokens and a `window` of the last ones (None: all)."""
+
+    def __init__(
+        self, batch: int, capacity: int, device: torch.device, window: int | None = None, sinks: int = 0
+    ) -> None:
+        self.window, self.sinks = window, sinks
+        if window is not None:
+            capacity = min(capacity, sinks + window + 2 * SLACK)
+        self.capacity = capacity
+        self.device = device
+        self.counts = [0] * batch  # committed slots
+        self.pending: list[int] = [0] * batch  # slots of the step under way
+        self.table = torch.zeros(batch, capacity, dtype=torch.int64, device=device)  # position of each slot
+
+    def plan(self, step: Step, new: list[int], width: int) -> tuple[StepPlan, Tensor | None]:
+        """Place a step of `new[b]` tokens a row, padded to `width`. Also returns the eviction [B, n]: old slots that
+        move to slots 0..n-1 first, or None."""
+        moves = self._evict(width) if max(self.counts) + width > self.capacity else None
+        self.pending = new
+        counts = self.counts
+        batch, same = len(counts), min(counts) == max(counts)
+        stop = max(counts) + width
+        if stop > self.capacity:
+            raise FewerError(
+                f"the cache holds {self.capacity} tokens but this step needs {stop}: ask for a larger capacity"
+            )
+        if same:
+            slots = None
+            self.table[:, counts[0] : stop] = step.positions
+        else:
+            slots = torch.tensor(counts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+            self.table.scatter_(1, slots, step.positions)
+        start = counts[0] if same else None
+        ragged = not same or min(new) < width
+        if width == 1 and same and batch >= 1 and not ragged:
+            return self._plan_one(step, start or 0, stop), moves
+        simple = self.window is None and step.mask == "causal" and same and step.layer_plan is None
+        if simple and counts[0] == 0:  # padding sits behind every real token, so the triangle hides it
+            return StepPlan(step, start, slots, stop, 0, None, causal=True), moves
+        return StepPlan(step, start, slots, stop, 0, self._mask(step, new, width, stop), causal=False), moves
+
+    def _plan_one(self, step: Step, start: int, stop: int) -> StepPlan:
+        """One new token in every row: no mask unless a window leaves a gap behind the sinks."""
+        first, mask = 0, None
+        if self.window is not None and stop > self.window:
+            visible = self._in_window(step.positions, stop)
+            if self.sinks == 0 and len(self.counts) == 1:
+                first = stop - int(visible.sum())
+            else:
+                mask = visible[:, None]
+        return StepPlan(step, start, None, stop, first, mask, causal=False)
+
+    def _mask(self, step: Step, new: list[int], width: int, stop: int) -> Tensor:
+        """[B or 1, 1, T, stop] bool: slots that hold a token, that the mask kind shows, inside the window."""
+        counts = torch.tensor(self.counts, device=self.device)[:, None, None]
+        slot = torch.arange(stop, device=self.device)  # [S]
+        query = torch.arange(width, device=self.device)[:, None]  # [T, 1]
+        offset = slot - counts  # [B, 1, S]: index among the new tokens, negative = committed
+        real = offset < torch.tensor(new, device=self.device)[:, None, None]
+        if step.mask == "tree":
+            assert step.ancestors is not None
+            ancestors = step.ancestors.to(self.device).expand(len(self.counts), width, width)
+            index = offset.clamp(0, width - 1).expand(-1, width, -1)
+            among_new = ancestors.gather(2, index)
+        elif step.mask == "causal":
+            among_new = offset <= query
+        else:
+            among_new = torch.ones(1, width, 1, dtype=torch.bool, device=self.device)
+        visible = (offset < 0) | (among_new & real)  # [B, T, S]
+        if self.window is not None:
+            visible = visible & self._in_window(step.positions, stop)
+        return visible[:, None]
+
+    def _in_window(self, positions: Tensor, stop: int) -> Tensor:
+        """[B, T, S]: keys of the sinks, and those less than `window` positions before the query (or after it)."""
+        assert self.window is not None
+        keys = self.table[:, None, :stop]
+        return (positions[:, :, None] - keys < self.window) | (keys < self.sinks)
+
+    def _evict(self, width: int) -> Tensor | None:
+        """Old slots that stay, in order, the same number in every row; None when nothing may go."""
+        if self.window is None:
+            return None
+        keep = self.sinks + self.window + SLACK
+        moves = []
+        for row, count in enumerate(self.counts):
+            dropped = max(0, count - keep)
+            stays = torch.arange(self.sinks, device=self.device), torch.arange(self.sinks + dropped, count, device=self.device)
+            moves.append(torch.cat(stays) if count > self.sinks else torch.arange(count, device=self.device))
+            self.counts[row] = count - dropped
+        return self._move(moves)
+
+    def commit(self, kept: Sequence[int] | Sequence[Sequence[int]]) -> Tensor | None:
+        """Keep a prefix (int) or a choice (ascending list) of each row's pending slots. Returns moves or None."""
+        moves, moved = [], False
+        for row, choice in enumerate(kept):
+            count = self.counts[row]
+            chosen = list(range(choice)) if isinstance(choice, int) else list(choice)
+            if any(index >= self.pending[row] for index in chosen):
+                raise ValueError(f"row {row}: cannot keep {chosen} of {self.pending[row]} new tokens")
+            moved = moved or chosen != list(range(len(chosen)))
+            moves.append(torch.tensor([*range(count), *(count + index for index in chosen)], device=self.device))
+            self.counts[row] = count + len(chosen)
+        self.pending = [0] * len(self.counts)
+        return self._move(moves) if moved else None
+
+    def truncate(self, row: int, position: int) -> None:
+        """Forget the tokens of `row` at positions `position` and beyond."""
+        live = self.table[row, : self.counts[row]]
+        self.counts[row] = int((live < position).sum())
+
+    def _move(self, sources: list[Tensor]) -> Tensor:
+        """Pad the rows' source slots to one width, move the position table, and return [B, n] for the layers."""
+        width = max(len(source) for source in sources)
+        padded = [torch.nn.functional.pad(source, (0, width - len(source))) for source in sources]
+        moves = torch.stack(padded)
+        self.table[:, :width] = self.table.gather(1, moves)
+        return moves
