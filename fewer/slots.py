@@ -45,6 +45,12 @@ class KVCache(Protocol):
 
     layers: Sequence[LayerCache]
     can_rollback: bool  # False: speculation is refused with this cache
+    renumbers: bool  # positions count what the cache holds, so the text may outgrow the model's context
+
+    @property
+    def max_step(self) -> int | None:
+        """The most tokens one step may bring, None for any number."""
+        ...
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +74,10 @@ class KVCache(Protocol):
     def commit(self, kept: Sequence[int] | Sequence[Sequence[int]]) -> None:
         """End a step. For each row, `kept` is how many of its new slots stay (a prefix), or the list of those that
         stay, in ascending order; the others are dropped and the survivors moved together."""
+        ...
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of `row` from position `length` on."""
         ...
 
     def reserve(self, tokens: int) -> None:

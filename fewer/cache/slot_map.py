@@ -40,13 +40,19 @@ class SlotMap:
         self, batch: int, capacity: int, device: torch.device, window: int | None = None, sinks: int = 0
     ) -> None:
         self.window, self.sinks = window, sinks
-        if window is not None:
-            capacity = min(capacity, sinks + window + 2 * SLACK)
-        self.capacity = capacity
+        self.capacity = capacity = self.bounded(capacity)
         self.device = device
         self.counts = [0] * batch  # committed slots
         self.pending: list[int] = [0] * batch  # slots of the step under way
         self.table = torch.zeros(batch, capacity, dtype=torch.int64, device=device)  # position of each slot
+
+    def bounded(self, tokens: int) -> int:
+        """Slots needed for a text of this many tokens."""
+        return tokens if self.window is None else min(tokens, self.sinks + self.window + 2 * SLACK)
+
+    @property
+    def evicts(self) -> bool:
+        return self.window is not None and self.capacity == self.sinks + self.window + 2 * SLACK
 
     def plan(self, step: Step, new: list[int], width: int) -> tuple[StepPlan, Tensor | None]:
         """Place a step of `new[b]` tokens a row, padded to `width`. Also returns the eviction [B, n]: old slots that

@@ -113,7 +113,7 @@ class StoredCache:
         renumber: bool = False,
     ):
         self.config, self.batch, self.device, self.dtype = config, batch, device, dtype
-        self.max_step = SLACK if any(w is not None and sinks[i] + w + SLACK < capacity for i, w in enumerate(windows)) else None
+        self.renumbers = renumber  # positions never grow beyond the cache, so the text may
         kinds: dict[tuple[int | None, int], SlotMap] = {}
         for window, sink in zip(windows, sinks, strict=True):
             if (window, sink) not in kinds:
@@ -131,6 +131,11 @@ class StoredCache:
     @property
     def nbytes(self) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    @property
+    def max_step(self) -> int | None:
+        """The most tokens one step may bring: bounded once a window makes room by evicting."""
+        return SLACK if any(slots.evicts for slots in self.maps) else None
 
     @property
     def lengths(self) -> list[int]:
@@ -188,10 +193,9 @@ class StoredCache:
     def reserve(self, tokens: int) -> None:
         """Grow every unbounded kind of layer to hold this many tokens a row."""
         for slots in self.maps:
-            wanted = tokens if slots.window is None else min(tokens, slots.sinks + slots.window + 2 * SLACK)
-            extra = wanted - slots.capacity
-            if extra <= 0:
+            if slots.bounded(tokens) <= slots.capacity:
                 continue
+            extra = slots.bounded(max(tokens, slots.capacity * 5 // 4 + 64)) - slots.capacity
             slots.table = torch.nn.functional.pad(slots.table, (0, extra))
             slots.capacity += extra
             for layer in self.layers:

@@ -1,0 +1,1 @@
+"""Executes forward passes: `Session` holds a batch of sequences, `Runner` picks the fastest exact way."""

@@ -1,0 +1,151 @@
+"""Session: one batch of sequences with their cache; prefill, decode, verify, commit, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fewer.engine.runner import Runner
+from fewer.errors import UsageError
+from fewer.model.step import Step
+from fewer.slots import DraftTree, KVCache
+
+
+class Session:
+    """B sequences of unequal lengths. What is fed is committed, except in `verify`, which waits for `commit`."""
+
+    def __init__(self, runner: Runner, cache: KVCache):
+        self.runner = runner
+        self.cache = cache
+        self.config = runner.config
+        self.context_length = runner.config.context_length
+        self.passes = 0  # target passes since the start, prefill chunks not counted
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row whose keys are committed."""
+        return self.cache.lengths
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Feed each row's tokens in chunks -> logits after each row's last token [B, V] float32."""
+        return self._feed([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts])
+
+    def prefill_embeddings(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Feed soft tokens [n, d] instead of tokens -> logits [B, V] float32."""
+        return self._feed(list(embeddings))
+
+    def _feed(self, rows: list[Tensor]) -> Tensor:
+        sizes = [len(row) for row in rows]
+        if min(sizes) == 0:
+            raise UsageError("a prompt is empty: give at least one token")
+        self._make_room(sizes)
+        start, device = self.lengths, self.runner.device
+        chunk = min(self.runner.chunk, self.cache.max_step or self.runner.chunk)
+        result: list[Tensor | None] = [None] * len(rows)
+        for offset in range(0, max(sizes), chunk):
+            new = [max(0, min(chunk, size - offset)) for size in sizes]
+            width = max(new)
+            parts = [row[offset : offset + n] for row, n in zip(rows, new, strict=True)]
+            padded = torch.stack([_pad(part, width) for part in parts]).to(device)
+            first = torch.tensor([min(s + offset, s + size) for s, size in zip(start, sizes, strict=True)])
+            done = [row for row, size in enumerate(sizes) if offset < size <= offset + chunk]
+            step = Step(
+                tokens=padded if padded.dim() == 2 else None,
+                embeddings=padded if padded.dim() == 3 else None,
+                positions=(first[:, None] + torch.arange(width)).to(device),
+                role="prompt",
+                lengths=None if min(new) == width else new,
+                logits="last" if done else "none",
+            )
+            logits = self.runner.step(step, self.cache).logits
+            self.cache.commit(new)
+            for row in done:
+                assert logits is not None
+                result[row] = logits[row]
+        return torch.stack([logits for logits in result if logits is not None])
+
+    def decode(self, tokens: Sequence[int] | Tensor, active: Sequence[bool] | None = None) -> Tensor:
+        """Feed one token a row -> logits [B, V] float32. Rows that are not active are left as they were."""
+        lengths = self.lengths
+        self.passes += 1
+        if len(lengths) == 1 and (active is None or active[0]):
+            self._make_room([1])
+            return self.runner.decode_one(int(tokens[0]), lengths[0], self.cache)
+        new = [1] * len(lengths) if active is None else [int(flag) for flag in active]
+        self._make_room(new)
+        device = self.runner.device
+        step = Step(
+            tokens=torch.as_tensor(tokens, dtype=torch.int64).view(-1, 1).to(device),
+            positions=torch.tensor(lengths, device=device)[:, None],
+            role="generated",
+            lengths=None if all(new) else new,
+        )
+        logits = self.runner.step(step, self.cache).logits
+        self.cache.commit(new)
+        assert logits is not None
+        return logits
+
+    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
+        """Run each row's draft tree in one pass -> logits [n + 1, V]: row i predicts the children of node i.
+
+        Nothing is committed until `commit`.
+        """
+        new = [0 if tree is None else len(tree.tokens) for tree in trees]
+        width, device = max(new), self.runner.device
+        self._make_room(new)
+        self.passes += 1
+        tokens = torch.zeros(len(trees), width, dtype=torch.int64)
+        positions = torch.zeros(len(trees), width, dtype=torch.int64)
+        for row, (tree, length) in enumerate(zip(trees, self.lengths, strict=True)):
+            positions[row] = length
+            if tree is not None:
+                tokens[row, : new[row]] = torch.tensor(tree.tokens)
+                positions[row, : new[row]] += torch.tensor(tree.depth)
+        chains = all(tree is None or tree.is_chain for tree in trees)
+        step = Step(
+            tokens=tokens.to(device),
+            positions=positions.to(device),
+            role="generated",
+            lengths=None if min(new) == width else new,
+            mask="causal" if chains else "tree",
+            ancestors=None if chains else ancestors([tree.parents if tree else [] for tree in trees], width),
+            logits="all",
+        )
+        logits = self.runner.step(step, self.cache).logits
+        assert logits is not None
+        return [None if tree is None else logits[row, : new[row]] for row, tree in enumerate(trees)]
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the accepted nodes of each row, ascending and with the root (node 0); drop the others."""
+        self.cache.commit(paths)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Cut each row to this many committed tokens."""
+        for row, length in enumerate(lengths):
+            if length < self.lengths[row]:
+                self.cache.truncate(row, length)
+
+    def _make_room(self, new: Sequence[int]) -> None:
+        wanted = max(length + n for length, n in zip(self.lengths, new, strict=True))
+        if not self.cache.renumbers and wanted > self.context_length:
+            raise UsageError(
+                f"{wanted} tokens do not fit the model's context of {self.context_length}: shorten the prompt or generate less"
+            )
+        # Padding reaches as far as the longest row's start plus the widest row.
+        self.cache.reserve(max(self.cache.physical_lengths) + max(new))
+
+
+def ancestors(parents: Sequence[Sequence[int]], width: int) -> Tensor:
+    """[B, width, width] bool: entry (b, i, j) = j is i or an ancestor of i in row b's tree."""
+    mask = torch.eye(width, dtype=torch.bool).expand(len(parents), width, width).clone()
+    for row, tree in enumerate(parents):
+        for node in range(1, len(tree)):
+            mask[row, node] |= mask[row, tree[node]]
+    return mask
+
+
+def _pad(part: Tensor, width: int) -> Tensor:
+    missing = width - len(part)
+    return part if not missing else torch.cat((part, part.new_zeros(missing, *part.shape[1:])))
