@@ -17,11 +17,11 @@ from fewer.model.step import Step
 class StoredLayer:
     """One layer's keys and values [B, Hk, capacity, D], rotated before they are stored (unless `renumber`)."""
 
-    def __init__(self, cache: StoredCache, index: int, slots: SlotMap, dtype: torch.dtype, renumber: bool):
+    keys: Tensor  # views into the pool of the layer's kind
+    values: Tensor
+
+    def __init__(self, cache: StoredCache, index: int, slots: SlotMap, renumber: bool):
         config = cache.config
-        shape = (cache.batch, config.kv_heads, slots.capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=cache.device)
-        self.values = torch.zeros(shape, dtype=dtype, device=cache.device)
         self.cache, self.index, self.slots, self.renumber = cache, index, slots, renumber
         self.scale = config.scale
         self.softcap = config.attention_softcap or 0.0
@@ -120,9 +120,15 @@ class StoredCache:
                 kinds[window, sink] = SlotMap(batch, capacity, device, window, sink)
         self.maps = list(kinds.values())
         self.layers = [
-            StoredLayer(self, index, kinds[kind], dtype, renumber)
+            StoredLayer(self, index, kinds[kind], renumber)
             for index, kind in enumerate(zip(windows, sinks, strict=True))
         ]
+        self.pools: list[Tensor] = []  # one a kind: [layers, 2 (keys, values), B, Hk, capacity, D]
+        for slots in self.maps:
+            members = sum(layer.slots is slots for layer in self.layers)
+            shape = (members, 2, batch, config.kv_heads, slots.capacity, config.head_dim)
+            self.pools.append(torch.zeros(shape, dtype=dtype, device=device))
+        self._point_layers()
         self.committed = [0] * batch
         self._new = [0] * batch
         self._plans: dict[int, StepPlan] = {}
@@ -130,7 +136,12 @@ class StoredCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def contiguous(self) -> bool:
+        """Every layer keeps every token, in slots 0, 1, 2, …, of one pool: what the fast single-token paths need."""
+        return len(self.maps) == 1 and self.maps[0].window is None and not self.renumbers
 
     @property
     def max_step(self) -> int | None:
@@ -192,18 +203,23 @@ class StoredCache:
 
     def reserve(self, tokens: int) -> None:
         """Grow every unbounded kind of layer to hold this many tokens a row."""
-        for slots in self.maps:
+        for kind, slots in enumerate(self.maps):
             if slots.bounded(tokens) <= slots.capacity:
                 continue
             extra = slots.bounded(max(tokens, slots.capacity * 5 // 4 + 64)) - slots.capacity
             slots.table = torch.nn.functional.pad(slots.table, (0, extra))
             slots.capacity += extra
+            self.pools[kind] = torch.nn.functional.pad(self.pools[kind], (0, 0, 0, extra))
             for layer in self.layers:
-                if layer.slots is slots:
-                    layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, extra))
-                    layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, extra))
-                    if layer.absent is not None:
-                        layer.absent = torch.nn.functional.pad(layer.absent, (0, extra))
+                if layer.slots is slots and layer.absent is not None:
+                    layer.absent = torch.nn.functional.pad(layer.absent, (0, extra))
+        self._point_layers()
+
+    def _point_layers(self) -> None:
+        for slots, pool in zip(self.maps, self.pools, strict=True):
+            members = [layer for layer in self.layers if layer.slots is slots]
+            for layer, (keys, values) in zip(members, pool, strict=True):
+                layer.keys, layer.values = keys, values
 
     def _move(self, slots: SlotMap, moves: Tensor) -> None:
         for layer in self.layers:
