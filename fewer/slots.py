@@ -92,6 +92,12 @@ class WeightMethod(Protocol):
     """Turns the matrix called `name` into a format. `hessian` [K, K] is given to methods that ask for calibration."""
 
     needs_calibration: bool
+    keeps_file_format: bool  # matrices that the file already holds in a format of ours stay as they are
+
+    @property
+    def reads(self) -> torch.dtype:
+        """The dtype in which `quantize` wants the decoded matrix."""
+        ...
 
     def quantize(self, name: str, weight: Tensor, hessian: Tensor | None = None) -> WeightFormat: ...
 

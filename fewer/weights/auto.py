@@ -23,5 +23,9 @@ class AutoWeights:
     needs_calibration = False
     keeps_file_format = True
 
+    @property
+    def reads(self) -> torch.dtype:
+        return self.dtype
+
     def quantize(self, name: str, weight: Tensor, hessian: Tensor | None = None) -> WeightFormat:
         return DenseFormat(weight.to(self.dtype))

@@ -38,6 +38,7 @@ class Int4Weights:
 
     needs_calibration = False
     keeps_file_format = False
+    reads = torch.float32
 
     def quantize(self, name: str, weight: Tensor, hessian: Tensor | None = None) -> WeightFormat:
         if name.endswith((".router.weight", ".shared_expert_gate.weight")):

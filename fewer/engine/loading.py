@@ -1,0 +1,70 @@
+"""Builds the network from a checkpoint: which format each matrix gets, on which device, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewer.checkpoint.checkpoint import Checkpoint
+from fewer.errors import UsageError
+from fewer.formats import WeightFormat
+from fewer.model.transformer import Transformer
+from fewer.slots import DTYPES, Choice, WeightMethod
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The named device, or CUDA when there is one. Raises UsageError for a device this machine lacks."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{device}': use cpu, cuda, or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' is not supported: use cpu, cuda, or cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device '{device}' was asked for, but PyTorch sees no CUDA GPU here: use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device '{device}' does not exist: this machine has {torch.cuda.device_count()} CUDA GPU(s)")
+    return chosen
+
+
+def choose_dtype(dtype: str | None) -> torch.dtype:
+    """The named dtype; bfloat16 by default, which every format's kernel takes."""
+    if dtype is None:
+        return torch.bfloat16
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype '{dtype}': allowed are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def build_transformer(
+    checkpoint: Checkpoint,
+    weights: Choice,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transformer:
+    """Load every matrix through the weights method, one at a time. `progress(done, total)` counts matrices."""
+    settings = {} if weights.config is None else {"config": weights.config}
+    method: WeightMethod = weights.method.target(dtype=dtype, **settings)
+    total = sum(len(checkpoint[name].shape) == 2 for name in checkpoint.names()) if progress else 0
+    done = 0
+
+    def matrix(name: str) -> WeightFormat:
+        nonlocal done
+        stored = checkpoint[name]
+        made = stored.format() if method.keeps_file_format else None
+        if made is None:  # on CUDA the rounding runs there, and only the finished format stays
+            made = method.quantize(name, stored.dense(method.reads).to(device))
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return made.to(device)
+
+    def vector(name: str) -> Tensor:
+        return checkpoint[name].dense(torch.float32).to(device)
+
+    return Transformer(checkpoint.config, matrix, vector, dtype, device)
