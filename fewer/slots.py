@@ -85,6 +85,17 @@ class KVCache(Protocol):
         ...
 
 
+class ContiguousCache(KVCache, Protocol):
+    """A cache whose `contiguous` is true offers its pool to the engine's fast paths: slot s holds position s."""
+
+    contiguous: bool
+    pools: list[Tensor]  # one: [L, 2 (keys, values), B, Hk, capacity, D], keys rotated
+
+    def advance_one(self, position: int) -> int:
+        """Commit one token of a single row whose keys and values the caller stores; returns its slot."""
+        ...
+
+
 # ── weights: fewer bits ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fewer.engine.single_token import SingleToken, supports
 from fewer.errors import NumericalError
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
-from fewer.slots import KVCache
+from fewer.slots import ContiguousCache, KVCache
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 
@@ -21,6 +23,7 @@ class Runner:
         self.config = model.config
         self.device = model.device
         self.dtype = model.dtype
+        self.single = SingleToken(model) if supports(model) else None
         self.chunk = PREFILL_CHUNK.get(self.device.type, 512)
 
     @torch.inference_mode()
@@ -34,6 +37,11 @@ class Runner:
     @torch.inference_mode()
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
+        if self.single is not None and getattr(cache, "contiguous", False):
+            hidden = self.single.run(token, position, cast(ContiguousCache, cache))
+            if math.isfinite(float(hidden.sum())):
+                return self.single.logits(hidden)
+            cache.truncate(0, position)  # the general path below names the layer
         step = Step(
             tokens=torch.tensor([[token]], device=self.device),
             positions=torch.tensor([[position]], device=self.device),

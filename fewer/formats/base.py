@@ -8,7 +8,7 @@ copy beside its own storage. Methods that quantise (`fewer/weights/`) produce fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -33,6 +33,15 @@ class WeightFormat(ABC):
     @abstractmethod
     def matmul(self, x: Tensor) -> Tensor:
         """x [..., K] -> x Wᵀ [..., N], in the dtype of x."""
+
+    @property
+    @abstractmethod
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the product runs in on this device; other inputs are cast to it and back."""
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        """The bare product with every look-up hoisted: contiguous x [M, K] in `compute_dtype` -> [M, N]."""
+        return self.matmul
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -26,6 +27,13 @@ class DenseFormat(WeightFormat):
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        return functools.partial(functional.linear, weight=self.weight)
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:

@@ -9,7 +9,7 @@ On the CPU products run in bfloat16 with float32 accumulation, whatever the dtyp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -73,6 +73,17 @@ class Int4Format(WeightFormat):
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scale.nbytes + (0 if self.zero is None else self.zero.nbytes)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def product(self) -> Callable[[Tensor], Tensor]:
+        if self.zero is not None or self.packed.shape[0] != self.shape[0]:
+            return self.matmul
+        packed, group_size, scale = self.packed, self.group_size, self.scale
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        return lambda x: kernel(x, packed, group_size, scale)
 
     def matmul(self, x: Tensor) -> Tensor:
         if self.zero is not None:

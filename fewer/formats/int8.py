@@ -63,6 +63,10 @@ class Int8Format(WeightFormat):
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
     def matmul(self, x: Tensor) -> Tensor:
         rows, columns = self.shape
         if self.codes.is_cuda:
