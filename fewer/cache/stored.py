@@ -68,6 +68,7 @@ class StoredLayer:
         if layer_plan is None and self.absent is None:
             return plan.mask
         if self.absent is None:
+            self.cache.skips = True
             self.absent = torch.zeros(self.keys.shape[0], self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
         width = plan.step.positions.shape[1]
         skipped = (
@@ -129,6 +130,7 @@ class StoredCache:
             shape = (members, 2, batch, config.kv_heads, slots.capacity, config.head_dim)
             self.pools.append(torch.zeros(shape, dtype=dtype, device=device))
         self._point_layers()
+        self.skips = False  # some token skipped some layer
         self.committed = [0] * batch
         self._new = [0] * batch
         self._plans: dict[int, StepPlan] = {}
@@ -141,7 +143,7 @@ class StoredCache:
     @property
     def contiguous(self) -> bool:
         """Every layer keeps every token, in slots 0, 1, 2, …, of one pool: what the fast single-token paths need."""
-        return len(self.maps) == 1 and self.maps[0].window is None and not self.renumbers
+        return len(self.maps) == 1 and self.maps[0].window is None and not (self.renumbers or self.skips)
 
     @property
     def max_step(self) -> int | None:

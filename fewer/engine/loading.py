@@ -40,31 +40,38 @@ def choose_dtype(dtype: str | None) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def build_transformer(
-    checkpoint: Checkpoint,
-    weights: Choice,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
-) -> Transformer:
-    """Load every matrix through the weights method, one at a time. `progress(done, total)` counts matrices."""
-    settings = {} if weights.config is None else {"config": weights.config}
-    method: WeightMethod = weights.method.target(dtype=dtype, **settings)
-    total = sum(len(checkpoint[name].shape) == 2 for name in checkpoint.names()) if progress else 0
-    done = 0
+class MatrixLoader:
+    """Decodes a checkpoint's tensors one at a time and passes matrices through the weights method.
 
-    def matrix(name: str) -> WeightFormat:
-        nonlocal done
-        stored = checkpoint[name]
-        made = stored.format() if method.keeps_file_format else None
+    `progress(done, total)` counts matrices.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: Choice,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        settings = {} if weights.config is None else {"config": weights.config}
+        self.method: WeightMethod = weights.method.target(dtype=dtype, **settings)
+        self.checkpoint, self.device, self.progress = checkpoint, device, progress
+        self.done = 0
+        self.total = sum(name.endswith(".weight") and "norm" not in name for name in checkpoint.names())
+
+    def matrix(self, name: str) -> WeightFormat:
+        stored = self.checkpoint[name]
+        made = stored.format() if self.method.keeps_file_format else None
         if made is None:  # on CUDA the rounding runs there, and only the finished format stays
-            made = method.quantize(name, stored.dense(method.reads).to(device))
-        done += 1
-        if progress is not None:
-            progress(done, total)
-        return made.to(device)
+            made = self.method.quantize(name, stored.dense(self.method.reads).to(self.device))
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return made.to(self.device)
 
-    def vector(name: str) -> Tensor:
-        return checkpoint[name].dense(torch.float32).to(device)
+    def vector(self, name: str) -> Tensor:
+        return self.checkpoint[name].dense(torch.float32).to(self.device)
 
-    return Transformer(checkpoint.config, matrix, vector, dtype, device)
+    def transformer(self, dtype: torch.dtype) -> Transformer:
+        return Transformer(self.checkpoint.config, self.matrix, self.vector, dtype, self.device)

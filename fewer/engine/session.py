@@ -16,11 +16,11 @@ from fewer.slots import DraftTree, KVCache
 class Session:
     """B sequences of unequal lengths. What is fed is committed, except in `verify`, which waits for `commit`."""
 
-    def __init__(self, runner: Runner, cache: KVCache):
+    def __init__(self, runner: Runner, cache: KVCache, context_length: int | None = None):
         self.runner = runner
         self.cache = cache
         self.config = runner.config
-        self.context_length = runner.config.context_length
+        self.context_length = context_length or runner.config.context_length
         self.passes = 0  # target passes since the start, prefill chunks not counted
 
     @property

@@ -1,0 +1,287 @@
+"""The facade: `load` a model by name with one choice for each slot, then generate, stream, or open a session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewer.checkpoint.checkpoint import Checkpoint
+from fewer.checkpoint.open import open_checkpoint
+from fewer.checkpoint.tokenizer import Tokenizer
+from fewer.decoding.generate import TokenEvent, generate
+from fewer.decoding.sampling import SamplingConfig
+from fewer.decoding.stop_strings import StopStrings
+from fewer.engine.loading import MatrixLoader, choose_device, choose_dtype
+from fewer.engine.runner import Runner
+from fewer.engine.session import Session
+from fewer.errors import UsageError
+from fewer.model.config import ModelConfig
+from fewer.model.transformer import Transformer
+from fewer.recipe import Recipe
+from fewer.slots import KVCache
+
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass
+class Generation:
+    """One answer and what it took. Seconds are wall-clock; rates are tokens a second."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    finish_reason: str = "length"
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    kv_bytes: int = 0
+    target_passes: int = 0  # after the prefill
+    logprobs: list[float] | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first, over the time after the first."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds and len(self.tokens) > 1 else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted for each target pass after the prefill."""
+        return (len(self.tokens) - 1) / self.target_passes if self.target_passes else 1.0
+
+
+class LanguageModel:
+    """A loaded model with its recipe. Made by `load`."""
+
+    def __init__(self, checkpoint: Checkpoint, transformer: Transformer, recipe: Recipe, context: int | None):
+        self.checkpoint = checkpoint
+        self.transformer = transformer
+        self.recipe = recipe
+        self.runner = Runner(transformer)
+        self.context_length = min(context or transformer.config.context_length, transformer.config.context_length)
+        self.load_seconds = 0.0
+        self._tokenizer: Tokenizer | None = None
+        self._strategy: Any = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.transformer.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.tokenizer()
+        return self._tokenizer
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.transformer.nbytes
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        choice = self.recipe.choices["cache"]
+        model = self.transformer
+        settings = () if choice.config is None else (choice.config,)
+        cache: KVCache = choice.method.target(model.config, batch, capacity, model.dtype, model.device, *settings)
+        return cache
+
+    def session(self, batch: int = 1, capacity: int | None = None) -> Session:
+        """An empty batch of sequences; `capacity` tokens are allocated at once, more are added when needed."""
+        return Session(self.runner, self.new_cache(batch, min(capacity or 512, self.context_length)), self.context_length)
+
+    @property
+    def strategy(self) -> Any:
+        """The decoding strategy of the recipe, built on first use (a draft model is loaded then)."""
+        if self._strategy is None:
+            choice = self.recipe.choices["decoding"]
+            self._strategy = choice.method.target(choice.config, self)
+        return self._strategy
+
+    def load_model(self, name: str) -> LanguageModel:
+        """Another model on the same device and dtype: what a draft model is loaded with."""
+        dtype = str(self.transformer.dtype).removeprefix("torch.")
+        return load(name, dtype=dtype, device=str(self.transformer.device))
+
+    def encode(self, prompt: str | Messages, raw: bool = False) -> list[int]:
+        """A prompt as tokens: through the chat template as one user message, unless `raw` or already messages."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UsageError("the prompt is empty: give some text")
+            if raw:
+                return self.tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        return self.tokenizer.chat(prompt)
+
+    def events(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int = 256,
+        sampling: SamplingConfig = SamplingConfig(),
+        logprobs: bool = False,
+        session: Session | None = None,
+    ) -> Iterator[TokenEvent]:
+        """Tokens as they come, for a batch of tokenised prompts."""
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1 token")
+        longest = max(len(prompt) for prompt in prompts)
+        if session is None:
+            session = self.session(len(prompts), longest + max_tokens + 1)
+        held = max(session.lengths)
+        if held + longest >= self.context_length and not session.cache.renumbers:
+            raise UsageError(
+                f"the prompt has {held + longest} tokens, but the model's context holds {self.context_length} with the "
+                "answer: shorten the prompt"
+            )
+        yield from generate(
+            session, prompts, sampling, self.strategy, max_tokens, self.tokenizer.eos_tokens, logprobs=logprobs
+        )
+
+    def stream(
+        self,
+        prompt: str | Messages,
+        raw: bool = False,
+        max_tokens: int = 256,
+        sampling: SamplingConfig = SamplingConfig(),
+        stop: Sequence[str] = (),
+        result: Generation | None = None,
+        logprobs: bool = False,
+    ) -> Iterator[str]:
+        """Text as it comes, never splitting a character; `result` is filled with the figures."""
+        result = result if result is not None else Generation()
+        tokens = self.encode(prompt, raw)
+        session = self.session(1, len(tokens) + max_tokens + 1)
+        result.prompt_tokens = len(tokens)
+        text, stops = self.tokenizer.stream(), StopStrings(stop)
+        result.logprobs = [] if logprobs else None
+        start = first = time.perf_counter()
+        for event in self.events([tokens], max_tokens, sampling, logprobs, session):
+            if not result.tokens:
+                first = time.perf_counter()
+            result.tokens += event.tokens
+            result.finish_reason = event.finished or result.finish_reason
+            if result.logprobs is not None:
+                result.logprobs += event.logprobs or []
+            piece = "".join(text.feed(token) for token in event.tokens)
+            shown = stops.feed(piece)
+            result.text += shown
+            if shown:
+                yield shown
+            if stops.found:
+                result.finish_reason = "stop"
+                break
+        rest = stops.finish(text.finish()) if not stops.found else ""
+        result.text += rest
+        result.prefill_seconds, result.decode_seconds = first - start, time.perf_counter() - first
+        result.kv_bytes, result.target_passes = session.cache.nbytes, session.passes
+        if rest:
+            yield rest
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        raw: bool = False,
+        max_tokens: int = 256,
+        sampling: SamplingConfig = SamplingConfig(),
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+    ) -> Generation:
+        """One answer, whole."""
+        result = Generation()
+        for _ in self.stream(prompt, raw, max_tokens, sampling, stop, result, logprobs):
+            pass
+        return result
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        raw: bool = False,
+        max_tokens: int = 256,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> list[Generation]:
+        """Several prompts in one batch; each answer equals the one that the prompt would get alone."""
+        encoded = [self.encode(prompt, raw) for prompt in prompts]
+        session = self.session(len(encoded), max(map(len, encoded)) + max_tokens + 1)
+        results = [Generation(prompt_tokens=len(tokens)) for tokens in encoded]
+        start = first = time.perf_counter()
+        for event in self.events(encoded, max_tokens, sampling, session=session):
+            first = first if any(result.tokens for result in results) else time.perf_counter()
+            results[event.row].tokens += event.tokens
+            results[event.row].finish_reason = event.finished or results[event.row].finish_reason
+        for result in results:
+            result.text = self.tokenizer.decode(result.tokens)
+            result.prefill_seconds, result.decode_seconds = first - start, time.perf_counter() - first
+            result.kv_bytes, result.target_passes = session.cache.nbytes, session.passes
+        return results
+
+    def with_recipe(self, recipe: Recipe) -> LanguageModel:
+        """The same weights under another cache or decoding method, sharing memory."""
+        if recipe.weights != self.recipe.weights or recipe.dtype != self.recipe.dtype:
+            raise ValueError("with_recipe shares weights: they must be the same")
+        other = LanguageModel(self.checkpoint, self.transformer, recipe, self.context_length)
+        other.runner, other._tokenizer, other.load_seconds = self.runner, self._tokenizer, self.load_seconds
+        return other
+
+
+def load(
+    model: str | Path = "smollm2",
+    weights: str = "auto",
+    cache: str = "full",
+    decoding: str = "plain",
+    experts: str = "resident",
+    dtype: str | None = None,
+    device: str | None = None,
+    context: int | None = None,
+    recipe: Recipe | None = None,
+    progress: Any = None,
+    on_matrix: Callable[[int, int], None] | None = None,
+) -> LanguageModel:
+    """Load a model: an alias, a folder, a .gguf file or a hub id. Specs are checked before anything is read.
+
+    `progress` shows a download (`fewer.checkpoint.store.Progress`), `on_matrix(done, total)` the loading.
+    """
+    if recipe is None:
+        recipe = Recipe(weights=weights, cache=cache, decoding=decoding, experts=experts, dtype=dtype)
+    chosen_device, chosen_dtype = choose_device(device), choose_dtype(recipe.dtype or dtype)
+    if context is not None and context < 1:
+        raise UsageError(f"context is {context}: ask for at least 1 token")
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(model, progress)
+    loader = MatrixLoader(checkpoint, recipe.choices["weights"], chosen_dtype, chosen_device, on_matrix)
+    with torch.inference_mode():
+        transformer = loader.transformer(chosen_dtype)
+    loaded = LanguageModel(checkpoint, transformer, recipe, context)
+    loaded.load_seconds = time.perf_counter() - start
+    return loaded
+
+
+def compress(
+    model: str | Path,
+    folder: Path,
+    recipe: Recipe,
+    device: str | None = None,
+    progress: Any = None,
+    on_matrix: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write `model` with the recipe's weights as a folder that `load` reads back bit for bit; returns its bytes."""
+    from fewer.checkpoint.export import write_folder
+
+    checkpoint = open_checkpoint(model, progress)
+    dtype = choose_dtype(recipe.dtype)
+    loader = MatrixLoader(checkpoint, recipe.choices["weights"], dtype, choose_device(device), on_matrix)
+    names = checkpoint.names()
+    matrices = [name for name in names if len(checkpoint[name].shape) == 2]
+    vectors = [name for name in names if len(checkpoint[name].shape) == 1]
+    return write_folder(
+        folder,
+        checkpoint.config,
+        ((name, loader.matrix(name)) for name in matrices),
+        ((name, checkpoint[name].dense(torch.float32)) for name in vectors),
+        checkpoint.tokenizer(),
+        {"recipe": replace(recipe, cache="full", decoding="plain").to_mapping(), "source": checkpoint.fingerprint()},
+    )
