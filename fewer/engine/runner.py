@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewer.engine.single_token import SingleToken, supports
+from fewer.engine.threads import Governor
 from fewer.errors import NumericalError
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
@@ -23,6 +24,7 @@ class Runner:
         self.config = model.config
         self.device = model.device
         self.dtype = model.dtype
+        self.governor = Governor(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.single = SingleToken(model) if supports(model) else None
         self.chunk = PREFILL_CHUNK.get(self.device.type, 512)
 
@@ -38,9 +40,10 @@ class Runner:
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
         if self.single is not None and getattr(cache, "contiguous", False):
-            hidden = self.single.run(token, position, cast(ContiguousCache, cache))
-            if math.isfinite(float(hidden.sum())):
-                return self.single.logits(hidden)
+            with self.governor:
+                hidden = self.single.run(token, position, cast(ContiguousCache, cache))
+                if math.isfinite(float(hidden.sum())):
+                    return self.single.logits(hidden)
             cache.truncate(0, position)  # the general path below names the layer
         step = Step(
             tokens=torch.tensor([[token]], device=self.device),

@@ -1,20 +1,26 @@
-"""Threads on the CPU. `prepare` runs before torch is imported: OpenMP reads its settings once, when it loads.
+"""Threads on the CPU: how OpenMP waits, and how many threads a decoding step is worth right now.
 
-A decoding step is a few hundred short parallel regions. A worker that spins between them burns the time slice it
-needs later as soon as another process wants its core; a worker that sleeps at once wakes too late. So workers spin
-for a short while, then sleep. `OMP_*` and `GOMP_*` variables that are already set win.
+A decoding step is a few hundred parallel regions of some microseconds. When another process wants one of the cores,
+the worker on it is descheduled for milliseconds in the middle of a region and everybody waits for it; a worker that
+spins between regions makes it worse, because it burns the time slice that it needs later. So
+
+- `prepare` tells OpenMP to spin briefly and then sleep (read once, before torch loads);
+- `Governor` compares the steps' times with all threads and with one, and uses what is faster at the moment.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import sys
+import time
+from types import TracebackType
 
-SPIN_COUNT = "20000"
+SPIN_COUNT = "2000"  # iterations a worker spins before it sleeps: enough to bridge the gap between two operations
 
 
 def prepare(threads: int | None = None) -> None:
-    """Set OpenMP's waiting policy and thread count for this process, if torch is not imported yet."""
+    """Set OpenMP's waiting and thread count for this process; variables that are already set win."""
     if "torch" not in sys.modules:
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -22,3 +28,78 @@ def prepare(threads: int | None = None) -> None:
             os.environ["OMP_NUM_THREADS"] = str(threads)
     elif threads is not None:
         sys.modules["torch"].set_num_threads(threads)
+
+
+class Governor:
+    """Chooses between all threads and one for short steps: `with governor: step`.
+
+    It measures PROBE steps of each at the start, then again every PERIOD steps, and at once when PROBE steps in a row
+    take SLOW times what this choice last took. The work of one step must not depend on the thread count.
+    """
+
+    PROBE = 4
+    PERIOD = 256
+    SLOW = 1.5
+
+    def __init__(self, threads: int):
+        self.all = threads
+        self.choice = threads
+        self.usual = 0.0  # seconds a step, when the choice was made
+        self._probing = threads
+        self._times: list[float] = []
+        self._first = 0.0  # seconds a step in the probe before this one
+        self._recent: list[float] = []
+        self._since = 0
+        self._start = 0.0
+        self._phase = 0 if threads > 1 else -1  # 0: probe the choice; 1: probe the other; 2: settled; -1: nothing to choose
+
+    def __enter__(self) -> None:
+        if self._phase >= 0:
+            wanted = self._probing if self._phase < 2 else self.choice
+            _use(wanted)
+            self._start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        if self._phase < 0:
+            return
+        took = time.perf_counter() - self._start
+        if self._phase == 2:
+            self._watch(took)
+        else:
+            self._probe(took)
+        _use(self.all)  # whatever runs between steps (a prefill) has all threads
+
+    def _watch(self, took: float) -> None:
+        self._since += 1
+        self._recent.append(took)
+        if len(self._recent) == self.PROBE:
+            slow = min(self._recent) > self.SLOW * self.usual
+            self._recent.clear()
+            if slow or self._since >= self.PERIOD:
+                self._phase, self._probing = 0, self.choice
+
+    def _probe(self, took: float) -> None:
+        self._times.append(took)
+        if len(self._times) < self.PROBE:
+            return
+        typical = statistics.median(self._times[1:])  # the first step after a switch wakes threads
+        self._times.clear()
+        if self._phase == 0:
+            self._first, self._phase = typical, 1
+            self._probing = 1 if self.choice > 1 else self.all
+            return
+        if typical < self._first:
+            self.choice, self.usual = self._probing, typical
+        else:
+            self.usual = self._first
+        self._phase, self._since = 2, 0
+
+
+_current = 0
+
+
+def _use(threads: int) -> None:
+    global _current
+    if threads != _current:
+        sys.modules["torch"].set_num_threads(threads)
+        _current = threads
