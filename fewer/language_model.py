@@ -93,7 +93,9 @@ class LanguageModel:
 
     def session(self, batch: int = 1, capacity: int | None = None) -> Session:
         """An empty batch of sequences; `capacity` tokens are allocated at once, more are added when needed."""
-        return Session(self.runner, self.new_cache(batch, min(capacity or 512, self.context_length)), self.context_length)
+        return Session(
+            self.runner, self.new_cache(batch, min(capacity or 512, self.context_length)), self.context_length
+        )
 
     @property
     def strategy(self) -> Any:

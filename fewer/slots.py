@@ -203,7 +203,12 @@ class Method:
 
 
 _METHODS: dict[tuple[Slot, str], Method] = {}
-_PACKAGES = {"weights": "fewer.weights", "cache": "fewer.cache", "experts": "fewer.experts", "decoding": "fewer.decoding"}
+_PACKAGES = {
+    "weights": "fewer.weights",
+    "cache": "fewer.cache",
+    "experts": "fewer.experts",
+    "decoding": "fewer.decoding",
+}
 
 
 def method(
@@ -272,14 +277,18 @@ def parse_spec(slot: Slot, spec: str) -> Choice:
         values[key.strip()] = value.strip()
     if entry.config is None:
         if values:
-            raise UsageError(f"{slot} method '{name}' takes no settings, but the spec '{spec}' sets {', '.join(values)}")
+            raise UsageError(
+                f"{slot} method '{name}' takes no settings, but the spec '{spec}' sets {', '.join(values)}"
+            )
         return Choice(entry)
     hints = typing.get_type_hints(entry.config)
     known = [f.name for f in dataclasses.fields(entry.config)]
     parsed = {}
     for key, value in values.items():
         if key not in known:
-            raise UsageError(f"unknown key '{key}' for {slot} method '{name}': allowed are {', '.join(known)}{_hint(key, known)}")
+            raise UsageError(
+                f"unknown key '{key}' for {slot} method '{name}': allowed are {', '.join(known)}{_hint(key, known)}"
+            )
         parsed[key] = _parse_value(f"{name}:{key}", value, hints[key])
     return Choice(entry, entry.config(**parsed))  # the config's __post_init__ checks ranges and raises UsageError
 

@@ -127,7 +127,10 @@ class SlotMap:
         moves = []
         for row, count in enumerate(self.counts):
             dropped = max(0, count - keep)
-            stays = torch.arange(self.sinks, device=self.device), torch.arange(self.sinks + dropped, count, device=self.device)
+            stays = (
+                torch.arange(self.sinks, device=self.device),
+                torch.arange(self.sinks + dropped, count, device=self.device),
+            )
             moves.append(torch.cat(stays) if count > self.sinks else torch.arange(count, device=self.device))
             self.counts[row] = count - dropped
         return self._move(moves)

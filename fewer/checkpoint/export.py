@@ -71,5 +71,3 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise FewerError(f"no disk space for {folder.parent}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-
-

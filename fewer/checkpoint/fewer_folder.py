@@ -1,8 +1,8 @@
 """Our own folder, written by `fewer compress`: matrices in the engine's formats, loaded back bit for bit.
 
-    fewer.json          layout version, config, recipe, the format of every matrix, where the model came from
-    model.safetensors   `NAME/FIELD` for each field of a format, `NAME` for vectors
-    tokenizer.json …    as `Tokenizer.save` writes them
+fewer.json          layout version, config, recipe, the format of every matrix, where the model came from
+model.safetensors   `NAME/FIELD` for each field of a format, `NAME` for vectors
+tokenizer.json …    as `Tokenizer.save` writes them
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class FewerCheckpoint(Checkpoint):
             present.setdefault(name, []).append(field)
         for name, kind in self.formats.items():
             if name not in present or (kind != "vector" and kind not in FORMATS):
-                raise CheckpointError(f"{folder}: '{name}' should be stored as '{kind}' but is not: compress the model again")
+                raise CheckpointError(
+                    f"{folder}: '{name}' should be stored as '{kind}' but is not: compress the model again"
+                )
         self._fields = present
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
 

@@ -51,7 +51,9 @@ class Governor:
         self._recent: list[float] = []
         self._since = 0
         self._start = 0.0
-        self._phase = 0 if threads > 1 else -1  # 0: probe the choice; 1: probe the other; 2: settled; -1: nothing to choose
+        self._phase = (
+            0 if threads > 1 else -1
+        )  # 0: probe the choice; 1: probe the other; 2: settled; -1: nothing to choose
 
     def __enter__(self) -> None:
         if self._phase >= 0:
@@ -59,7 +61,9 @@ class Governor:
             _use(wanted)
             self._start = time.perf_counter()
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._phase < 0:
             return
         took = time.perf_counter() - self._start

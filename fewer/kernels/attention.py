@@ -11,7 +11,13 @@ from torch.nn import functional
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> Tensor:
     """q [B, H, T, D], k and v [B, Hk, S, D] -> [B, H, T, D], by the fastest exact way on this device.
 

@@ -27,7 +27,9 @@ class Int4Config:
 
     def __post_init__(self) -> None:
         if self.group not in GROUP_SIZES:
-            raise UsageError(f"int4: group={self.group} is not allowed: choose one of {', '.join(map(str, GROUP_SIZES))}")
+            raise UsageError(
+                f"int4: group={self.group} is not allowed: choose one of {', '.join(map(str, GROUP_SIZES))}"
+            )
 
 
 @method("int4", slot="weights", lossless=False, config=Int4Config)
