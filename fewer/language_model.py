@@ -25,6 +25,7 @@ from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
 from fewer.slots import KVCache
 
+GREEDY = SamplingConfig()
 Messages = Sequence[dict[str, str]]
 
 
@@ -124,7 +125,7 @@ class LanguageModel:
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int = 256,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = GREEDY,
         logprobs: bool = False,
         session: Session | None = None,
     ) -> Iterator[TokenEvent]:
@@ -149,7 +150,7 @@ class LanguageModel:
         prompt: str | Messages,
         raw: bool = False,
         max_tokens: int = 256,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = GREEDY,
         stop: Sequence[str] = (),
         result: Generation | None = None,
         logprobs: bool = False,
@@ -189,7 +190,7 @@ class LanguageModel:
         prompt: str | Messages,
         raw: bool = False,
         max_tokens: int = 256,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = GREEDY,
         stop: Sequence[str] = (),
         logprobs: bool = False,
     ) -> Generation:
@@ -204,7 +205,7 @@ class LanguageModel:
         prompts: Sequence[str],
         raw: bool = False,
         max_tokens: int = 256,
-        sampling: SamplingConfig = SamplingConfig(),
+        sampling: SamplingConfig = GREEDY,
     ) -> list[Generation]:
         """Several prompts in one batch; each answer equals the one that the prompt would get alone."""
         encoded = [self.encode(prompt, raw) for prompt in prompts]

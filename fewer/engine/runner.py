@@ -58,6 +58,6 @@ class Runner:
     def _explain(self, step: Step, cache: KVCache) -> None:
         where = self.model.find_non_finite(step, cache)
         raise NumericalError(
-            f"the model's output is not finite ({where}): the checkpoint may be damaged, or {self.dtype} too narrow for "
-            "it: try --dtype float32"
+            f"the model's output is not finite ({where}): the checkpoint may be damaged, or {self.dtype} too narrow "
+            "for it: try --dtype float32"
         )

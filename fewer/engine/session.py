@@ -131,7 +131,8 @@ class Session:
         wanted = max(length + n for length, n in zip(self.lengths, new, strict=True))
         if not self.cache.renumbers and wanted > self.context_length:
             raise UsageError(
-                f"{wanted} tokens do not fit the model's context of {self.context_length}: shorten the prompt or generate less"
+                f"{wanted} tokens do not fit the model's context of {self.context_length}: shorten the prompt or "
+                "generate less"
             )
         # Padding reaches as far as the longest row's start plus the widest row.
         self.cache.reserve(max(self.cache.physical_lengths) + max(new))
