@@ -1,0 +1,138 @@
+"""Products with stored matrices on the GPU: which kernel, which block sizes, and the calls the formats make.
+
+One row: `gemv` kernels. Up to WIDE rows: `matmul_rows`. More: the matrix is dequantised and cuBLAS multiplies, because
+then arithmetic, not bytes, is the bound.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fewer.kernels.triton.gemv import gemv_dense, gemv_int8
+from fewer.kernels.triton.gemv_int4 import gemv_int4
+from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows
+
+WIDE = 64  # rows beyond which dequantising pays
+_GEMV = {"dense": gemv_dense, "int8": gemv_int8, "int4": gemv_int4}
+
+
+class Stored(NamedTuple):
+    """One matrix W [N, K] as tensors: dense `codes` [N, K]; int8 `codes`, `scale`; int4 `codes` (packed), both."""
+
+    kind: str
+    codes: Tensor
+    scale: Tensor | None = None  # [N, G]
+    zero: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1] * (2 if self.kind == "int4" else 1)
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[1] if self.scale is None else self.shape[1] // self.scale.shape[1]
+
+
+class Fused(NamedTuple):
+    """What is done around a product: RMSNorm of x by `gain`, bias, gating of the matrix's two halves, residual."""
+
+    gain: Tensor | None = None  # [K] float32
+    eps: float = 0.0
+    bias: Tensor | None = None  # [N]
+    activation: str = "none"  # "silu", "gelu_tanh", "gelu": act(first half)·second half
+    residual: Tensor | None = None  # [M, N], may be `out` itself
+
+
+class Blocks(NamedTuple):
+    rows: int  # BLOCK_N
+    columns: int  # BLOCK_K
+    warps: int
+    stages: int = 1
+
+
+PLAIN = Fused()
+
+
+def multiply(
+    x: Tensor, matrix: Stored, out: Tensor, fused: Fused = PLAIN, pdl: bool = False, blocks: Blocks | None = None
+) -> Tensor:
+    """x [M, K] times `matrix`, with the fusions, into `out` [M, N] (N halved by gating). All contiguous."""
+    gain, bias, residual = fused.gain, fused.bias, fused.residual
+    count, (_, columns), size = x.shape[0], matrix.shape, out.shape[1]
+    scale = matrix.codes if matrix.scale is None else matrix.scale
+    zero = scale if matrix.zero is None else matrix.zero
+    flags = (gain is not None, fused.activation, bias is not None, residual is not None)
+    launch: dict[str, object] = {"launch_pdl": True} if pdl else {}
+    pointers = (scale, zero, x if bias is None else bias, x if residual is None else residual, out, fused.eps)
+    gain = x if gain is None else gain
+    if count == 1:
+        blocks = blocks or gemv_blocks(matrix.kind, size, columns, fused.activation != "none")
+        codes = matrix.codes.view(torch.int32) if matrix.kind == "int4" else matrix.codes
+        grid = (-(-size // blocks.rows),)
+        _GEMV[matrix.kind][grid](
+            x, gain, codes, *pointers, size, columns, matrix.group_size, *flags, blocks.rows, blocks.columns, pdl,
+            num_warps=blocks.warps, **launch,
+        )  # fmt: skip
+        return out
+    blocks = blocks or rows_blocks(count, size, columns)
+    block_m = max(16, min(64, 1 << (count - 1).bit_length()))
+    grid = (-(-size // blocks.rows), -(-count // block_m))
+    precision = "ieee" if matrix.codes.dtype == torch.float32 else "tf32"
+    matmul_rows[grid](
+        x, gain, matrix.codes, *pointers, count, size, columns, matrix.group_size, matrix.kind, *flags, block_m,
+        blocks.rows, blocks.columns, blocks.stages, x.device.type == "cpu", precision, pdl, num_warps=blocks.warps, **launch,
+    )  # fmt: skip
+    return out
+
+
+def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
+    """Block sizes for one row, measured on an H200 (docs/h200.md)."""
+    whole = 1 << (columns - 1).bit_length()
+    if kind == "dense":
+        return Blocks(2 if gated else 4, min(whole, 2048), 4)
+    if kind == "int8":
+        return Blocks(4, min(whole, 2048), 4)
+    return Blocks(4 if gated else 8, min(whole, 4096), 4 if whole >= 2048 else 2)
+
+
+def rows_blocks(count: int, rows: int, columns: int) -> Blocks:
+    """Block sizes for 2 and more rows."""
+    return Blocks(32 if rows < 16384 else 64, 128, 4, 4)
+
+
+def dequantize(matrix: Stored, dtype: torch.dtype) -> Tensor:
+    """The dense matrix [N, K]."""
+    rows, columns = matrix.shape
+    if matrix.scale is None:
+        return matrix.codes.to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype, device=matrix.codes.device)
+    block = min(1024, 1 << (columns - 1).bit_length())
+    if matrix.zero is None:
+        grid = (rows, -(-columns // block))
+        dequantize_int8[grid](matrix.codes, matrix.scale, out, columns, matrix.group_size, block)
+    else:
+        grid = (rows, -(-columns // 2 // block))
+        dequantize_int4[grid](matrix.codes, matrix.scale, matrix.zero, out, columns, matrix.group_size, block)
+    return out
+
+
+def matmul(x: Tensor, matrix: Stored) -> Tensor:
+    """x [M, K] of any floating dtype -> x Wᵀ [M, N] in the same dtype."""
+    if x.shape[0] > WIDE:
+        return functional.linear(x, dequantize(matrix, x.dtype))
+    out = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
+    return multiply(x.contiguous(), matrix, out)
+
+
+def int4_matmul(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [M, K], packed uint8 [N, K/2] in nibble order, scale and zero [N, G] -> [M, N]."""
+    return matmul(x, Stored("int4", packed, scale, zero))
+
+
+def int8_matmul(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x [M, K], codes int8 [N, K], scale [N, G] with G = 1 or K/32 -> [M, N]."""
+    return matmul(x, Stored("int8", codes, scale))
