@@ -76,6 +76,8 @@ class Int8Format(WeightFormat):
         flat = x.reshape(-1, columns).to(torch.bfloat16)
         if self.halves:
             out = nibbles.matmul_cpu(torch.cat((flat, flat), dim=1), self.codes, 32, self.scale, rows)
+        elif flat.shape[0] >= nibbles.DENSE_FROM:  # codes are exact in bfloat16, and the dense product is faster
+            out = torch.nn.functional.linear(flat, self.codes.to(torch.bfloat16)) * self.scale.view(-1)
         else:
             out = torch._weight_int8pack_mm(flat, self.codes, self.scale.view(-1))
         return out.view(*x.shape[:-1], rows).to(x.dtype)

@@ -32,14 +32,16 @@ shapes = st.tuples(st.integers(1, 200), st.integers(1, 8).map(lambda n: 32 * n))
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.integers(1, 5))
+@given(shapes, st.sampled_from([1, 2, 5, 150]))
 def test_product_equals_the_dequantised_matrix_in_float64(shape: tuple[int, int], rows: int) -> None:
     for stored in every_format(*shape):
         x = torch.randn(rows, shape[1]).to(stored.compute_dtype)
         expected = x.double() @ stored.dequantize().double().t()
         error = (stored.matmul(x).double() - expected).norm() / expected.norm()
         assert error < 5e-3, stored.name
-        assert torch.equal(stored.product()(x).float(), stored.matmul(x).float())
+        torch.testing.assert_close(
+            stored.product()(x), stored.matmul(x), rtol=0.02, atol=0.02 * float(expected.abs().max())
+        )
 
 
 @settings(max_examples=25, deadline=None)
