@@ -30,7 +30,19 @@ DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     number: struct.Struct("<" + letter)
-    for number, letter in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}.items()
+    for number, letter in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
 }
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -256,7 +268,9 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
     if version & 0xFFFF == 0 and version:
         raise CheckpointError(f"'{file.path}' is a big-endian GGUF file: convert it to little-endian first")
     if version not in (2, 3):
-        raise CheckpointError(f"'{file.path}' has GGUF version {version}: versions 2 and 3 can be read; convert it again")
+        raise CheckpointError(
+            f"'{file.path}' has GGUF version {version}: versions 2 and 3 can be read; convert it again"
+        )
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
     # The smallest entry of the directory has 24 bytes, the smallest metadata entry 13.
     for what, count, least, limit in (
