@@ -1,0 +1,206 @@
+"""Attention of one new token a row over the cached keys, split along the sequence (split-K, "flash decoding").
+
+Program (split, key head, row) reads a run of keys and values once, for all query heads of the group, and keeps a
+running softmax. The last split of a (row, head) to finish merges the parts by their log-sum-exp, so no second kernel
+runs. With FUSED the program also does what precedes attention: it normalises and rotates the query and the new key,
+attends to the new token from registers, and (split 0) writes key and value to the cache.
+
+Source: FlashAttention, arXiv 2205.14135, section 3; the merge is `fewer.kernels.attention.merge`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fewer.kernels.triton.gemv import wait_for_previous
+from fewer.kernels.triton.matmul import multiply_tiles
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def turn(
+    vectors, gain, table, position, eps,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Load heads [n, 1] pointers `vectors` -> [n, DIM] float32, RMS-normalised by `gain`, turned to `position`.
+
+    Interleaved pairs: channel d and its partner d ^ 1 form one complex number.
+    """
+    channel = tl.arange(0, DIM)
+    held = channel < HEAD_DIM
+    own = tl.load(vectors + channel[None, :], mask=held[None, :], other=0.0).to(tl.float32)
+    if ROTARY_DIM > 0:
+        other = tl.load(vectors + (channel ^ 1)[None, :], mask=held[None, :], other=0.0).to(tl.float32)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(own * own, 1) / HEAD_DIM + eps)[:, None]
+        own *= inverse * tl.load(gain + channel, mask=held, other=0.0)[None, :]
+        if ROTARY_DIM > 0:
+            other *= inverse * tl.load(gain + (channel ^ 1), mask=held, other=0.0)[None, :]
+    if ROTARY_DIM > 0:
+        turned = channel < ROTARY_DIM
+        at = table + position.to(tl.int64) * ROTARY_DIM + (channel // 2) * 2
+        cosine = tl.load(at, mask=turned, other=1.0)
+        sine = tl.load(at + 1, mask=turned, other=0.0)
+        sine = tl.where(channel % 2 == 0, -sine, sine)
+        own = own * cosine[None, :] + other * sine[None, :]
+    return own
+
+
+@triton.jit
+def cap(scores, softcap, SOFTCAP: tl.constexpr):
+    """softcap·tanh(scores / softcap), with tanh u = 2·sigmoid(2u) - 1."""
+    if SOFTCAP:
+        return softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    return scores
+
+
+@triton.jit
+def attend_run(
+    q, keys, values, begin, end, stride_slot, scale, softcap, top, total, out,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of q [HEADS_P, DIM] over slots begin..end-1; scores in units of log2."""
+    channel = tl.arange(0, DIM)
+    for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
+        slot = start + tl.arange(0, BLOCK_S)
+        inside = (slot < end)[:, None]
+        if DIM != HEAD_DIM:
+            inside = inside & (channel < HEAD_DIM)[None, :]
+        at = slot[:, None] * stride_slot + channel[None, :]
+        key = tl.load(keys + at, mask=inside, other=0.0)  # [BLOCK_S, DIM]
+        scores = multiply_tiles(q, tl.trans(key), tl.zeros([q.shape[0], BLOCK_S], tl.float32), ON_CPU, PRECISION)
+        scores = cap(scores * scale, softcap, SOFTCAP) * LOG2_E
+        scores = tl.where((slot < end)[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        value = tl.load(values + at, mask=inside, other=0.0)
+        out = multiply_tiles(weights.to(value.dtype), value, out * shrink[:, None], ON_CPU, PRECISION)
+        top = higher
+    return top, total, out
+
+
+@triton.jit
+def merge_parts(
+    part_out, part_lse, out, lse, first_part, first_head, active,
+    GROUP: tl.constexpr, GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """out = Σ_s 2^(lse_s - top)·out_s / Σ_s 2^(lse_s - top) over the active splits of one key head."""
+    head = tl.arange(0, GROUP_P)
+    channel = tl.arange(0, DIM)
+    split = tl.arange(0, SPLITS_P)
+    real = (split[:, None] < active) & (head[None, :] < GROUP)
+    at = first_part + split[:, None] * GROUP + head[None, :]
+    parts = tl.load(part_lse + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # [SPLITS_P, GROUP_P]
+    top = tl.max(parts, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(parts - top[None, :]), 0)
+    result = tl.zeros([GROUP_P, DIM], tl.float32)
+    for start in tl.range(0, active, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        some = (index[:, None] < active) & (head[None, :] < GROUP)
+        at = first_part + index[:, None] * GROUP + head[None, :]
+        weight = tl.load(part_lse + at, mask=some, other=float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(weight - top[None, :])  # [CHUNK, GROUP_P]
+        whole = some[:, :, None] & (channel < HEAD_DIM)[None, None, :]
+        part = tl.load(part_out + at[:, :, None] * DIM + channel, mask=whole, other=0.0, cache_modifier=".cg")
+        result += tl.sum(part * weight[:, :, None], 0)
+    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+    place = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(place, result.to(out.dtype.element_ty), mask=stored)
+    if LSE:
+        tl.store(lse + first_head + head, (top + tl.log2(total)) / LOG2_E, mask=head < GROUP)
+
+
+@triton.jit
+def decode_attention(
+    query, keys, values, lengths, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
+    scale, softcap, window, eps, stride_row, stride_head, stride_slot,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr,
+    GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr, LSE: tl.constexpr,
+    ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLITS, KV_HEADS, B). keys, values [B, KV_HEADS, capacity, HEAD_DIM], lengths [B] int32: cached tokens.
+
+    `query` is [B, HEADS, HEAD_DIM]; FUSED: [B, HEADS + 2·KV_HEADS, HEAD_DIM], before norm and rotation, and the new
+    token takes slot lengths[b] and position lengths[b]. window > 0: only the last `window` tokens, the new one counted.
+    part_out [B, KV_HEADS, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, KV_HEADS] int32, zero before
+    and after.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    wait_for_previous(PDL)
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + row)
+    first = 0
+    if window > 0:
+        first = tl.maximum(0, length + (1 if FUSED else 0) - window)
+    run = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_S) * BLOCK_S
+    active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
+    if split < active:
+        head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # a tensor-core tile has 16 rows
+        real = tl.minimum(head, GROUP - 1)
+        channel = tl.arange(0, DIM)
+        width: tl.constexpr = (HEADS + 2 * KV_HEADS if FUSED else HEADS) * HEAD_DIM
+        base = query + row.to(tl.int64) * width
+        heads = base + (kv_head * GROUP + real)[:, None] * HEAD_DIM
+        q = turn(heads, q_gain, table, length, eps, HEAD_DIM, ROTARY_DIM if FUSED else 0, DIM, FUSED and QK_NORM)
+        plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
+        top = tl.full([head.shape[0]], float("-inf"), tl.float32)
+        total = tl.zeros([head.shape[0]], tl.float32)
+        result = tl.zeros([head.shape[0], DIM], tl.float32)
+        begin = first + split * run
+        end = tl.minimum(begin + run, length)
+        top, total, result = attend_run(
+            q.to(keys.dtype.element_ty), keys + plane, values + plane, begin, end, stride_slot, scale, softcap,
+            top, total, result, HEAD_DIM, DIM, SOFTCAP, BLOCK_S, STAGES, ON_CPU, PRECISION,
+        )  # fmt: skip
+        if FUSED:
+            if split == 0:
+                lane = tl.arange(0, 1)
+                k_new = turn(
+                    base + (HEADS + kv_head) * HEAD_DIM + lane[:, None], k_gain, table, length, eps,
+                    HEAD_DIM, ROTARY_DIM, DIM, QK_NORM,
+                ).to(keys.dtype.element_ty)  # fmt: skip
+                held = (channel < HEAD_DIM)[None, :]
+                v_at = base + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + lane[:, None] + channel[None, :]
+                v_new = tl.load(v_at, mask=held, other=0.0).to(keys.dtype.element_ty)
+                slot = plane + length.to(tl.int64) * stride_slot + lane[:, None] + channel[None, :]
+                tl.store(keys + slot, k_new, mask=held)
+                tl.store(values + slot, v_new, mask=held)
+                score = tl.sum(q.to(keys.dtype.element_ty).to(tl.float32) * k_new.to(tl.float32), 1)
+                score = cap(score * scale, softcap, SOFTCAP) * LOG2_E
+                higher = tl.maximum(top, score)
+                weight, shrink = tl.exp2(score - higher), tl.exp2(top - higher)
+                total = total * shrink + weight
+                result = result * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)
+                top = higher
+        result = result / tl.where(total > 0, total, 1.0)[:, None]
+        logsum = tl.where(total > 0, top + tl.log2(total), float("-inf"))
+        first_head = row * HEADS + kv_head * GROUP
+        if active == 1:
+            stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+            place = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
+            tl.store(place, result.to(out.dtype.element_ty), mask=stored)
+            if LSE:
+                tl.store(lse + first_head + head, logsum / LOG2_E, mask=head < GROUP)
+        else:
+            pair = row * KV_HEADS + kv_head
+            at = (pair * SPLITS + split) * GROUP + head
+            stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+            tl.store(part_out + at[:, None] * DIM + channel[None, :], result, mask=stored)
+            tl.store(part_lse + at, logsum, mask=head < GROUP)
+            tl.debug_barrier()  # every thread's part is written before the ticket is drawn
+            ticket = tl.atomic_add(tickets + pair, 1, sem="acq_rel")
+            if ticket == active - 1:
+                tl.store(tickets + pair, 0)
+                merge_parts(
+                    part_out, part_lse, out, lse, pair * SPLITS * GROUP, first_head, active,
+                    GROUP, GROUP_P, SPLITS, SPLITS_P, HEAD_DIM, DIM, CHUNK, LSE,
+                )  # fmt: skip

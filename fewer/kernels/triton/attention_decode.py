@@ -1,0 +1,103 @@
+"""The calls around `decode_attention`: scratch, splits and launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewer.kernels.triton.attention import decode_attention
+
+
+class Tiling(NamedTuple):
+    splits: int
+    slots: int  # keys a step of the loop
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where splits leave their parts, for one batch size."""
+
+    out: Tensor  # [B, Hk, splits, G, D'] float32
+    lse: Tensor  # [B, Hk, splits, G] float32
+    tickets: Tensor  # [B, Hk] int32, zero between launches
+
+    @classmethod
+    def allocate(cls, batch: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device) -> Scratch:
+        shape = (batch, kv_heads, splits, heads // kv_heads)
+        return cls(
+            torch.empty(*shape, _power(head_dim), device=device),
+            torch.empty(shape, device=device),
+            torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The new token: `query` then holds q, k and v heads, as projected."""
+
+    table: Tensor | None  # [positions, r/2, 2] float32 cos and sin; None: no rotation
+    rotary_dim: int
+    q_gain: Tensor | None = None  # [D] float32
+    k_gain: Tensor | None = None
+    eps: float = 0.0
+
+
+def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tiling:
+    """Enough splits to fill the GPU's multiprocessors twice, none shorter than one block of keys."""
+    splits = max(1, min(2 * processors // (batch * kv_heads), -(-longest // 64)))
+    return Tiling(splits, 64)
+
+
+def launch(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, out: Tensor, lse: Tensor | None, scratch: Scratch,
+    tiling: Tiling, heads: int, scale: float, window: int | None = None, softcap: float | None = None,
+    fusion: Fusion | None = None, pdl: bool = False,
+) -> None:  # fmt: skip
+    """Attention of one query a row (with `fusion`: rotation, the cache's new entry, and attention to it) -> out."""
+    batch, kv_heads, _, head_dim = keys.shape
+    table = None if fusion is None else fusion.table
+    q_gain = None if fusion is None else fusion.q_gain
+    k_gain = None if fusion is None else fusion.k_gain
+    rotary_dim = 0 if fusion is None or table is None else fusion.rotary_dim
+    on_cpu = query.device.type == "cpu"
+    options: dict[str, object] = {"launch_pdl": True} if pdl else {}
+    decode_attention[(tiling.splits, kv_heads, batch)](
+        query, keys, values, lengths, out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
+        scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
+        scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
+        0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), heads, kv_heads, head_dim,
+        rotary_dim, _power(head_dim), _power(heads // kv_heads), tiling.splits, _power(tiling.splits), tiling.slots,
+        tiling.stages, max(1, 16 // _power(heads // kv_heads)), fusion is not None, q_gain is not None, bool(softcap),
+        lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl, num_warps=tiling.warps,
+        **options,
+    )  # fmt: skip
+
+
+def attention_decode(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, window: int | None = None,
+    softcap: float | None = None, tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [B, H, D], keys and values [B, Hk, S, D], lengths [B] int32 <= S -> (out [B, H, D], lse [B, H] float32).
+
+    Query head h reads key head h // (H / Hk) at slots 0..lengths[b]-1, of them the last `window`. A row of length 0
+    gives zeros and lse = -inf. keys and values share their strides; D is contiguous.
+    """
+    batch, heads, head_dim = q.shape
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        keys, values = keys.contiguous(), values.contiguous()
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    tiling = tiling or tiling_for(batch, keys.shape[1], keys.shape[2], processors)
+    scratch = Scratch.allocate(batch, heads, keys.shape[1], head_dim, tiling.splits, q.device)
+    out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
+    launch(q.contiguous(), keys, values, lengths, out, lse, scratch, tiling, heads, scale, window, softcap)
+    return out, lse
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
