@@ -40,6 +40,11 @@ class StoredLayer:
             q, self.keys[:, :, window], self.values[:, :, window], self.scale, mask, plan.causal, self.softcap
         )
 
+    def skip(self, nothing: Tensor, step: Step) -> None:
+        plan = self.cache.plan_for(self.slots, step)
+        self._store(nothing, nothing, plan)
+        self._mask(plan)
+
     def _attend_renumbered(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
         """Positions count slots, not tokens: unrotated keys are stored, and every step turns them to their slots."""
         self._store(k, v, plan)

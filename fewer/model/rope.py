@@ -41,6 +41,7 @@ class Rotary:
         self.head_dim = head_dim
         self.context = context
         self.frequencies, self.magnitude = _frequencies(rotary_dim, theta, context, scaling)  # [r/2] float64
+        self._memo: tuple[Tensor, Tensor] | None = None  # the last positions and their factors: layers share a step
         self._table = torch.empty(0, rotary_dim // 2, dtype=torch.complex64)  # [positions, r/2], grown on demand
 
     def table(self, positions: int, device: torch.device) -> Tensor:
@@ -53,8 +54,12 @@ class Rotary:
 
     def factors(self, positions: Tensor) -> Tensor:
         """positions [B, T] -> [B, T, r/2] complex64. Any position works, also beyond the trained context."""
+        if self._memo is not None and self._memo[0] is positions:
+            return self._memo[1]
         angles = positions.to(torch.float64)[..., None] * self.frequencies.to(positions.device)
-        return torch.polar(torch.full_like(angles, self.magnitude), angles).to(torch.complex64)
+        factors = torch.polar(torch.full_like(angles, self.magnitude), angles).to(torch.complex64)
+        self._memo = positions, factors
+        return factors
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, H, T, D], positions [B, T] -> the same shape and dtype, rotated."""

@@ -49,6 +49,11 @@ class LayerCache(Protocol):
         """q [B, H, T, D], k and v [B, Hk, T, D] before rotation, x [B, T, d] the normed input -> [B, H, T, D]."""
         ...
 
+    def skip(self, nothing: Tensor, step: Step) -> None:
+        """No token of this step runs the layer: their slots hold nothing that may be attended to. `nothing` is zeros
+        [B, Hk, T, D]."""
+        ...
+
 
 class LayerCaches(Protocol):
     layers: Sequence[LayerCache]
