@@ -60,10 +60,11 @@ def _fail(path: Path, fault: str) -> NoReturn:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            repeated = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-            _fail(path, f"its header names '{repeated[:100]}' twice")
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                _fail(path, f"its header names '{name[:100]}' twice")
+            fields[name] = value
         return fields
 
     if not text.startswith(b"{"):
