@@ -16,6 +16,7 @@ from torch import Tensor
 from fewer.formats.base import WeightFormat
 from fewer.formats.int4 import Int4Format
 from fewer.formats.int8 import Int8Format
+from fewer.kernels import nibbles
 
 CHUNK_ELEMENTS = 1 << 19  # decoded at a time: temporaries stay in the processor's cache
 
@@ -200,21 +201,33 @@ def direct_format(kind: str, raw: Tensor) -> WeightFormat | None:
 
     Q4_0, Q4_1 and Q4_K become int4 in groups of 32, Q8_0 becomes int8 in groups of 32; only scales are rounded.
     """
-    reader = {"Q4_0": _int4_from_q4_0, "Q4_1": _int4_from_q4_1, "Q4_K": _int4_from_q4_k, "Q8_0": _int8_from_q8_0}
-    return reader[kind](raw.unflatten(1, (-1, BLOCKS[kind].nbytes))) if kind in reader else None
+    readers: dict[str, Callable[[Tensor], WeightFormat]] = {
+        "Q4_0": _int4_from_q4_0,
+        "Q4_1": _int4_from_q4_1,
+        "Q4_K": _int4_from_q4_k,
+        "Q8_0": _int8_from_q8_0,
+    }
+    if kind not in readers:
+        return None
+    block = BLOCKS[kind]
+    blocks = raw.unflatten(1, (-1, block.nbytes))  # [N, blocks a row, bytes]
+    # A few tiles of rows at a time: unpacked codes stay in the processor's cache, which is ten times as fast.
+    step = max(CHUNK_ELEMENTS // (blocks.shape[1] * block.columns) // nibbles.ROWS, 1) * nibbles.ROWS
+    parts = [readers[kind](blocks[start : start + step]) for start in range(0, blocks.shape[0], step)]
+    return parts[0] if len(parts) == 1 else type(parts[0]).concatenate(parts)
 
 
-def _int4_from_q4_0(blocks: Tensor) -> WeightFormat:  # [N, K/32, 18]
+def _int4_from_q4_0(blocks: Tensor) -> Int4Format:  # [N, K/32, 18]
     scale = _half(blocks[..., :2]).squeeze(-1)
     return Int4Format.from_nibbles(blocks[..., 2:].flatten(1), scale, torch.zeros_like(scale))
 
 
-def _int4_from_q4_1(blocks: Tensor) -> WeightFormat:  # [N, K/32, 20]; d·q + m = (q - 8)·d + (m + 8·d)
+def _int4_from_q4_1(blocks: Tensor) -> Int4Format:  # [N, K/32, 20]; d·q + m = (q - 8)·d + (m + 8·d)
     scale, minimum = _half(blocks[..., :4]).unbind(-1)
     return Int4Format.from_nibbles(blocks[..., 4:].flatten(1), scale, minimum + 8 * scale)
 
 
-def _int4_from_q4_k(blocks: Tensor) -> WeightFormat:  # [N, K/256, 144]
+def _int4_from_q4_k(blocks: Tensor) -> Int4Format:  # [N, K/256, 144]
     scale, minimum = _scales_and_minima(blocks)  # [N, K/256, 8]
     # 32 bytes hold columns 0..31 in their low halves and 32..63 in the high ones; nibble order pairs j with j + 16.
     first, second = blocks[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
@@ -222,5 +235,5 @@ def _int4_from_q4_k(blocks: Tensor) -> WeightFormat:  # [N, K/256, 144]
     return Int4Format.from_nibbles(packed.flatten(1), scale.flatten(1), (8 * scale - minimum).flatten(1))
 
 
-def _int8_from_q8_0(blocks: Tensor) -> WeightFormat:  # [N, K/32, 34]
+def _int8_from_q8_0(blocks: Tensor) -> Int8Format:  # [N, K/32, 34]
     return Int8Format.from_codes(blocks[..., 2:].flatten(1).view(torch.int8), _half(blocks[..., :2]).squeeze(-1))
