@@ -54,6 +54,10 @@ def test_between_steps_all_threads_are_back(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_openmp_is_told_to_spin_briefly_before_torch_loads_unless_the_user_said_otherwise() -> None:
     code = "import os, fewer.engine.threads as t; t.prepare(); print(os.environ.get('GOMP_SPINCOUNT'))"
-    for setting, expected in (({}, threads.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+    for setting, expected in (
+        ({}, threads.SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
         done = subprocess.run([sys.executable, "-c", code], env=setting, capture_output=True, text=True, cwd=".")
         assert done.stdout.strip() == expected, done.stderr

@@ -27,7 +27,9 @@ class Scratch:
     tickets: Tensor  # [B, Hk] int32, zero between launches
 
     @classmethod
-    def allocate(cls, batch: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device) -> Scratch:
+    def allocate(
+        cls, batch: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device
+    ) -> Scratch:
         shape = (batch, kv_heads, splits, heads // kv_heads)
         return cls(
             torch.empty(*shape, _power(head_dim), device=device),

@@ -52,14 +52,9 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def chunk(base, column, start: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns start..start + BLOCK_K of the rows at `base` [BLOCK_N, 1], zeros beyond K. Read once: kept out of L1."""
-    if start + BLOCK_K <= K:
-        return tl.load(base + (start + column)[None, :], cache_modifier=".cg", eviction_policy="evict_first")
-    inside = (start + column)[None, :] < K
-    return tl.load(
-        base + (start + column)[None, :], mask=inside, other=0, cache_modifier=".cg", eviction_policy="evict_first"
-    )
+def chunk(base, index, K: tl.constexpr):
+    """Columns `index` of the rows at `base` [BLOCK_N, 1], zeros beyond K. Read once, so first to leave the caches."""
+    return tl.load(base + index[None, :], mask=(index < K)[None, :], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -84,22 +79,20 @@ def gemv_dense(
     column = tl.arange(0, BLOCK_K)
     base = weight + held[:, None] * K
     second = base + N.to(tl.int64) * K
-    tile = chunk(base, column, 0, K, BLOCK_K)
+    tile = chunk(base, column, K)
     tile_up = tile
     if ACTIVATION != "none":
-        tile_up = chunk(second, column, 0, K, BLOCK_K)
+        tile_up = chunk(second, column, K)
     wait_for_previous(PDL)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K):
         raw, scaled = vector(x, gain, start + column, K, NORM)
-        following = tile
-        following_up = tile_up
-        if start + BLOCK_K < K:  # the next chunk is on its way while this one is multiplied
-            following = chunk(base, column, start + BLOCK_K, K, BLOCK_K)
-            if ACTIVATION != "none":
-                following_up = chunk(second, column, start + BLOCK_K, K, BLOCK_K)
+        following = chunk(base, start + BLOCK_K + column, K)  # on its way while this one is multiplied
+        following_up = following
+        if ACTIVATION != "none":
+            following_up = chunk(second, start + BLOCK_K + column, K)
         if NORM:
             squares += raw * raw
         total += tile.to(tl.float32) * scaled[None, :]
@@ -129,7 +122,7 @@ def gemv_int8(
     total = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
     squares = tl.zeros([BLOCK_K // 32], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K):
         column = start + block[:, None] * 32 + inner[None, :]  # [blocks, 32]
         raw, scaled = vector(x, gain, column, K, NORM)
         if NORM:
@@ -144,10 +137,10 @@ def gemv_int8(
 
 
 @triton.jit
-def int8_blocks(weight, scale, held, column, start: tl.constexpr, block, scaled, K: tl.constexpr, GROUP: tl.constexpr):
+def int8_blocks(weight, scale, held, column, start, block, scaled, K: tl.constexpr, GROUP: tl.constexpr):
     """Scaled sums of 32 columns each: [BLOCK_N, blocks]."""
     at = weight + held[:, None, None] * K + column[None, :, :]
-    codes = tl.load(at, mask=column[None, :, :] < K, other=0, cache_modifier=".cg", eviction_policy="evict_first")
+    codes = tl.load(at, mask=column[None, :, :] < K, other=0, eviction_policy="evict_first")
     group = (start + block * 32) // GROUP
     factor = tl.load(
         scale + held[:, None] * (K // GROUP) + group[None, :], mask=(start + block * 32)[None, :] < K, other=0
