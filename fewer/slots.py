@@ -91,6 +91,10 @@ class ContiguousCache(KVCache, Protocol):
     contiguous: bool
     pools: list[Tensor]  # one: [L, 2 (keys, values), B, Hk, capacity, D], keys rotated
 
+    def begin(self, step: Step) -> None:
+        """Place the step's new tokens, whose keys and values the caller stores; they are tentative until `commit`."""
+        ...
+
     def advance_one(self, position: int) -> int:
         """Commit one token of a single row whose keys and values the caller stores; returns its slot."""
         ...

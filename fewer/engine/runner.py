@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from fewer.errors import NumericalError
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
 from fewer.slots import ContiguousCache, KVCache
+
+if TYPE_CHECKING:
+    from fewer.engine.cuda import CudaDecoder
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 
@@ -26,11 +29,14 @@ class Runner:
         self.dtype = model.dtype
         self.governor = Governor(torch.get_num_threads() if self.device.type == "cpu" else 1)
         self.single = SingleToken(model) if supports(model) else None
+        self.cuda = _cuda_decoder(model)
         self.chunk = PREFILL_CHUNK.get(self.device.type, 512)
 
     @torch.inference_mode()
     def step(self, step: Step, cache: KVCache) -> Output:
         """Run one pass. Raises NumericalError, naming the layer, when the result is not finite."""
+        if self.cuda is not None and _is_one_token(step) and self.cuda.accepts(cache, step.positions.shape[0]):
+            return self._decode_rows(self.cuda, step, cache)
         output = self.model.forward(step, cache)
         if output.hidden is not None and not math.isfinite(float(output.hidden.sum())):
             self._explain(step, cache)
@@ -45,6 +51,12 @@ class Runner:
                 if math.isfinite(float(hidden.sum())):
                     return self.single.logits(hidden)
             cache.truncate(0, position)  # the general path below names the layer
+        if self.cuda is not None and self.cuda.accepts(cache, 1):
+            contiguous = cast(ContiguousCache, cache)
+            row = self.cuda.run([token], [position], contiguous)
+            if self.cuda.is_finite(contiguous):
+                contiguous.advance_one(position)
+                return row.clone()
         step = Step(
             tokens=torch.tensor([[token]], device=self.device),
             positions=torch.tensor([[position]], device=self.device),
@@ -55,9 +67,39 @@ class Runner:
         assert logits is not None
         return logits
 
+    def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
+        """One token in each row, left tentative like every step's."""
+        assert step.tokens is not None
+        contiguous = cast(ContiguousCache, cache)
+        contiguous.begin(step)
+        logits = decoder.run(step.tokens[:, 0].tolist(), cache.lengths, contiguous)
+        if not decoder.is_finite(contiguous):
+            self._explain(step, cache)
+        return Output(logits.clone())
+
     def _explain(self, step: Step, cache: KVCache) -> None:
         where = self.model.find_non_finite(step, cache)
         raise NumericalError(
             f"the model's output is not finite ({where}): the checkpoint may be damaged, or {self.dtype} too narrow "
             "for it: try --dtype float32"
         )
+
+
+def _is_one_token(step: Step) -> bool:
+    """One generated token a row, and nothing asked for but its logits."""
+    return (
+        step.positions.shape[1] == 1
+        and step.tokens is not None
+        and step.mask == "causal"
+        and step.logits == "last"
+        and step.layer_plan is None
+        and not step.taps
+    )
+
+
+def _cuda_decoder(model: Transformer) -> CudaDecoder | None:
+    if model.device.type != "cuda":
+        return None
+    from fewer.engine import cuda  # Triton is imported only where there is a GPU
+
+    return cuda.CudaDecoder(model) if cuda.supports(model) else None

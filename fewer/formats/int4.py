@@ -132,6 +132,10 @@ class Int4Format(WeightFormat):
         if any(part.group_size != group_size for part in parts):
             raise ValueError("int4 matrices of different group sizes cannot be stacked")
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        if all(part.zero is not None for part in parts):
+            zero = torch.cat([part.zero for part in parts if part.zero is not None])
+            packed, scale = torch.cat([p.packed for p in parts]), torch.cat([p.scale for p in parts])
+            return cls(shape, group_size, packed, scale, zero)
         whole_tiles = all(part.shape[0] % nibbles.ROWS == 0 for part in parts[:-1])
         if all(part.zero is None for part in parts) and whole_tiles:  # tiles stay tiles: no unpacking
             packed, scale = torch.cat([p.packed for p in parts]), torch.cat([p.scale for p in parts], dim=1)

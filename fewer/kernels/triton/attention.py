@@ -121,11 +121,11 @@ def merge_parts(
 @triton.jit
 def decode_attention(
     query, keys, values, lengths, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
-    scale, softcap, window, eps, stride_row, stride_head, stride_slot,
+    scale, softcap, window, eps, stride_row, stride_head, stride_slot, batch, programs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr,
-    GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-    CHUNK: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr, LSE: tl.constexpr,
-    ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, ROWS_P: tl.constexpr, BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr,
+    LSE: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS, KV_HEADS, B). keys, values [B, KV_HEADS, capacity, HEAD_DIM], lengths [B] int32: cached tokens.
 
@@ -141,7 +141,14 @@ def decode_attention(
     first = 0
     if window > 0:
         first = tl.maximum(0, length + (1 if FUSED else 0) - window)
-    run = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_S) * BLOCK_S
+    run = tl.cdiv(length - first, SPLITS)
+    if ROWS_P > 1:  # rows of unequal lengths: about `programs` runs of one length over all rows
+        rows = tl.arange(0, ROWS_P)
+        cached = tl.load(lengths + rows, mask=rows < batch, other=0)
+        if window > 0:
+            cached = tl.minimum(cached, window)
+        run = tl.maximum(run, tl.cdiv(tl.sum(cached, 0) * KV_HEADS, programs))
+    run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
     if split < active:
         head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # a tensor-core tile has 16 rows
@@ -161,7 +168,7 @@ def decode_attention(
             q.to(keys.dtype.element_ty), keys + plane, values + plane, begin, end, stride_slot, scale, softcap,
             top, total, result, HEAD_DIM, DIM, SOFTCAP, BLOCK_S, STAGES, ON_CPU, PRECISION,
         )  # fmt: skip
-        if FUSED:
+        if FUSED:  # noqa: SIM102 (known when compiled; the other is not)
             if split == 0:
                 lane = tl.arange(0, 1)
                 k_new = turn(

@@ -12,7 +12,8 @@ from fewer.kernels.triton.attention import decode_attention
 
 
 class Tiling(NamedTuple):
-    splits: int
+    splits: int  # the most parts of one row
+    programs: int  # parts to aim for over all rows and key heads
     slots: int  # keys a step of the loop
     warps: int = 4
     stages: int = 3
@@ -50,9 +51,13 @@ class Fusion:
 
 
 def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tiling:
-    """Enough splits to fill the GPU's multiprocessors twice, none shorter than one block of keys."""
-    splits = max(1, min(2 * processors // (batch * kv_heads), -(-longest // 64)))
-    return Tiling(splits, 64)
+    """Enough parts to fill the GPU's multiprocessors twice, none shorter than one block of keys.
+
+    Rows may differ in length, so a batch gets four times as many, shorter parts: they even out.
+    """
+    programs = 2 * processors * (1 if batch == 1 else 4)
+    splits = max(1, min(programs // kv_heads, -(-longest // 64)))
+    return Tiling(splits, programs, 64)
 
 
 def launch(
@@ -72,11 +77,12 @@ def launch(
         query, keys, values, lengths, out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
         scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
-        0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), heads, kv_heads, head_dim,
-        rotary_dim, _power(head_dim), _power(heads // kv_heads), tiling.splits, _power(tiling.splits), tiling.slots,
-        tiling.stages, max(1, 16 // _power(heads // kv_heads)), fusion is not None, q_gain is not None, bool(softcap),
-        lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl, num_warps=tiling.warps,
-        **options,
+        0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
+        heads, kv_heads, head_dim, rotary_dim, _power(head_dim), _power(heads // kv_heads), tiling.splits,
+        _power(tiling.splits), _power(batch), tiling.slots, tiling.stages,
+        max(1, 4096 // (_power(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
+        bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
+        num_warps=tiling.warps, **options,
     )  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def multiply(
     precision = "ieee" if matrix.codes.dtype == torch.float32 else "tf32"
     matmul_rows[grid](
         x, gain, matrix.codes, *pointers, count, size, columns, matrix.group_size, matrix.kind, *flags, block_m,
-        blocks.rows, blocks.columns, blocks.stages, x.device.type == "cpu", precision, pdl, num_warps=blocks.warps, **launch,
+        blocks.rows, blocks.columns, blocks.stages, x.device.type == "cpu", precision, pdl,
+        num_warps=blocks.warps, **launch,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,1 @@
+"""Measurements against stated targets and against other engines; not part of the package."""

@@ -1,0 +1,210 @@
+"""The fast path of decoding on CUDA: one new token in each of B rows, the whole pass captured in one CUDA graph.
+
+A layer is five kernels: [norm · qkv], [norm · rotation · cache write · attention · merge], [o + residual],
+[norm · gate, up · gating], [down + residual]. Lengths are read on the device, so one graph serves every length up to
+the cache's capacity. The numbers are those of `fewer.model.transformer`, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
+from fewer.kernels.triton import attention_decode
+from fewer.kernels.triton.attention_decode import Fusion, Scratch, Tiling
+from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply
+from fewer.model.feed_forward import FeedForward
+from fewer.model.linear import Linear
+from fewer.model.transformer import Layer, Transformer
+from fewer.slots import ContiguousCache
+
+KEPT_GRAPHS = 4  # one a (batch, cache pool): a session that ends leaves its memory, and mostly its graph, to the next
+
+
+def stored(matrix: WeightFormat) -> Stored | None:
+    """The tensors that the kernels read, or None for a format or layout that they do not know."""
+    if isinstance(matrix, DenseFormat):
+        return Stored("dense", matrix.weight)
+    if isinstance(matrix, Int8Format) and not matrix.halves and matrix.shape[1] % 32 == 0:
+        return Stored("int8", matrix.codes, matrix.scale)
+    if isinstance(matrix, Int4Format) and matrix.zero is not None:
+        return Stored("int4", matrix.packed, matrix.scale, matrix.zero)
+    return None
+
+
+def supports(model: Transformer) -> bool:
+    """Dense decoders with norms before their blocks and full attention, in formats that the kernels know."""
+    config = model.config
+    return (
+        config.experts is None
+        and config.norm_placement == "pre"
+        and config.qk_norm != "all"
+        and config.sliding_window is None
+        and config.clip_qkv is None
+        and config.residual_scale == 1.0
+        and stored(model.head) is not None
+        and all(_fits(layer) for layer in model.layers)
+    )
+
+
+def _fits(layer: Layer) -> bool:
+    if not isinstance(layer.feed_forward, FeedForward):
+        return False
+    linears = (layer.attention.qkv, layer.attention.o, layer.feed_forward.gate_up, layer.feed_forward.down)
+    return all(linear.is_fused and stored(linear.format) is not None for linear in linears)
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Static buffers of one (batch, pool), and the graph that works on them."""
+
+    pool: Tensor  # [L, 2, B, Hk, capacity, D]
+    inputs: Tensor  # [2, B] int32: tokens, lengths
+    residual: Tensor  # [B, d]
+    qkv: Tensor  # [B, (H + 2 Hk) D]
+    attended: Tensor  # [B, H D]
+    gated: Tensor  # [B, intermediate]
+    logits: Tensor  # [B, V] float32
+    total: Tensor  # [] float32: their sum, finite when they all are
+    scratch: Scratch
+    tiling: Tiling
+    fusions: list[Fusion]
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class CudaDecoder:
+    """Runs one token a row through `model`, storing its keys and values in a contiguous cache."""
+
+    def __init__(self, model: Transformer, pdl: bool | None = None):
+        """`pdl`: kernels start while the one in front drains (Hopper and later); None: where the GPU can."""
+        self.model, self.config = model, model.config
+        self.on_gpu = model.device.type == "cuda"
+        if pdl is None:
+            pdl = self.on_gpu and torch.cuda.get_device_capability(model.device) >= (9, 0)
+        self.pdl = pdl
+        properties = torch.cuda.get_device_properties(model.device) if self.on_gpu else None
+        self.processors = 4 if properties is None else properties.multi_processor_count
+        self.passes: OrderedDict[tuple[int, torch.Size], _Pass] = OrderedDict()
+
+    def accepts(self, cache: object, batch: int) -> bool:
+        """Whether this cache's pool can be written by the kernels."""
+        return batch <= WIDE and bool(getattr(cache, "contiguous", False))
+
+    def run(self, tokens: Sequence[int], lengths: Sequence[int], cache: ContiguousCache) -> Tensor:
+        """tokens [B] at positions `lengths` [B] -> logits [B, V] float32, a buffer that the next call overwrites.
+
+        Keys and values go to slot lengths[b] of row b; the caller commits them.
+        """
+        work = self._pass(cache.pools[0])
+        work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
+        if not self.on_gpu:
+            self.forward(work)
+        elif work.graph is None:
+            work.graph = self._capture(work)
+        if work.graph is not None:
+            work.graph.replay()
+        return work.logits
+
+    def is_finite(self, cache: ContiguousCache) -> bool:
+        """Whether the last pass over `cache` gave finite logits. Waits for it."""
+        return bool(torch.isfinite(self._pass(cache.pools[0]).total))
+
+    def _capture(self, work: _Pass) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream(self.model.device)
+        side.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(side):
+            self.forward(work)  # compiles the kernels; replays write the same keys again
+        torch.cuda.current_stream(self.model.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.forward(work)
+        return graph
+
+    def _pass(self, pool: Tensor) -> _Pass:
+        key = pool.data_ptr(), pool.shape
+        if key in self.passes:
+            self.passes.move_to_end(key)
+        else:
+            while len(self.passes) >= KEPT_GRAPHS:
+                self.passes.popitem(last=False)
+            self.passes[key] = self._allocate(pool)
+        return self.passes[key]
+
+    def _allocate(self, pool: Tensor) -> _Pass:
+        config, model, device = self.config, self.model, pool.device
+        _, _, batch, kv_heads, capacity, head_dim = pool.shape
+
+        def empty(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.empty(batch, width, dtype=dtype, device=device)
+
+        tiling = attention_decode.tiling_for(batch, kv_heads, capacity, self.processors)
+        return _Pass(
+            pool=pool,
+            inputs=torch.zeros(2, batch, dtype=torch.int32, device=device),
+            residual=empty(config.hidden_size, model.residual_dtype),
+            qkv=empty((config.heads + 2 * kv_heads) * head_dim),
+            attended=empty(config.heads * head_dim),
+            gated=empty(config.intermediate_size),
+            logits=empty(config.vocab_size, torch.float32),
+            total=torch.zeros((), device=device),
+            scratch=Scratch.allocate(batch, config.heads, kv_heads, head_dim, tiling.splits, device),
+            tiling=tiling,
+            fusions=[self._fusion(layer, capacity, device) for layer in model.layers],
+        )
+
+    def _fusion(self, layer: Layer, capacity: int, device: torch.device) -> Fusion:
+        attention = layer.attention
+        rotary = attention.rotary
+        table = None if rotary is None else torch.view_as_real(rotary.table(capacity, device))
+        return Fusion(
+            table=table,
+            rotary_dim=0 if rotary is None else rotary.rotary_dim,
+            q_gain=attention.q_norm,
+            k_gain=attention.k_norm,
+            eps=self.config.norm_eps,
+        )
+
+    def forward(self, work: _Pass) -> None:
+        """Every launch of one pass, in order."""
+        model, config = self.model, self.config
+        tokens, lengths = work.inputs[0], work.inputs[1]
+        embedded = model.embed.rows(tokens.long())
+        work.residual.copy_(embedded if config.embedding_scale is None else embedded * config.embedding_scale)
+        for index, layer in enumerate(model.layers):
+            self._layer(layer, index, lengths, work)
+        head = stored(model.head)
+        assert head is not None
+        multiply(work.residual, head, work.logits, Fused(model.norm, config.norm_eps), self.pdl)
+        if config.logit_scale != 1.0:
+            work.logits.mul_(config.logit_scale)
+        if config.logit_softcap is not None:
+            work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
+        torch.sum(work.logits, (0, 1), out=work.total)
+
+    def _layer(self, layer: Layer, index: int, lengths: Tensor, work: _Pass) -> None:
+        config, pdl = self.config, self.pdl
+        block = layer.feed_forward
+        assert isinstance(block, FeedForward)
+        before, between = layer.attention_norm, layer.feed_forward_norm
+        self._multiply(work.residual, layer.attention.qkv, work.qkv, before)
+        keys, values = work.pool[index].unbind(0)
+        attention_decode.launch(
+            work.qkv, keys, values, lengths, work.attended, None, work.scratch, work.tiling, config.heads, config.scale,
+            None, config.attention_softcap, work.fusions[index], pdl,
+        )  # fmt: skip
+        self._multiply(work.attended, layer.attention.o, work.residual, residual=work.residual)
+        self._multiply(work.residual, block.gate_up, work.gated, between, config.activation)
+        self._multiply(work.gated, block.down, work.residual, residual=work.residual)
+
+    def _multiply(
+        self, x: Tensor, linear: Linear, out: Tensor, gain: Tensor | None = None, activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        matrix = stored(linear.format)
+        assert matrix is not None
+        multiply(x, matrix, out, Fused(gain, self.config.norm_eps, linear.bias, activation, residual), self.pdl)
