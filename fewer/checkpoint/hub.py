@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, through huggingface_hub: cached there, resumed there, and usable without a network."""
+"""Models of the Hugging Face hub, through huggingface_hub: cached there, resumed there, usable without a network."""
 
 from __future__ import annotations
 

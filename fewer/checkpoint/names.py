@@ -1,7 +1,7 @@
 """What a model's name means: a path, an alias, or a repository of the Hugging Face hub.
 
 In this order, so that a file on this machine always wins: an existing path; an alias of `aliases.py`; something that
-looks like a path (it has a suffix, starts with a dot, a slash or a tilde) and therefore is missing; a hub id `owner/name`.
+looks like a path (it has a suffix, starts with a dot, a slash or a tilde) and therefore is missing; a hub id.
 """
 
 from __future__ import annotations

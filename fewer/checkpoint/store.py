@@ -1,7 +1,7 @@
 """The folder of installed models: where each one lies, which are complete, one writer at a time, removal.
 
-`FEWER_HOME` (default `~/.cache/fewer`) holds `models/<alias>/`, and beside it `models/<alias>.partial/` while a download
-is under way or was interrupted.
+`FEWER_HOME` (default `~/.cache/fewer`) holds `models/<alias>/`, and beside it `models/<alias>.partial/` while a
+download is under way or was interrupted.
 """
 
 from __future__ import annotations

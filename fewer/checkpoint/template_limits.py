@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Template, nodes, pass_environment
 from jinja2.exceptions import SecurityError
@@ -33,12 +33,17 @@ MAX_RANGE = 100_000
 MAX_INTEGER_BITS = 4096
 
 # What templates of published models use, and some more. Left out: what pads, formats or repeats.
-_FILTERS = frozenset(
-    ["abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int", "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "trim", "unique", "upper"]
-)
-_STR_METHODS = frozenset(
-    ["capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper"]
-)
+_FILTERS = frozenset([
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "int",
+    "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe",
+    "select", "selectattr", "sort", "string", "title", "trim", "unique", "upper",
+])  # fmt: skip
+_STR_METHODS = frozenset([
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
+    "isdigit", "isidentifier", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip",
+    "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
+    "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+])  # fmt: skip
 
 
 class LimitExceeded(Exception):
@@ -161,16 +166,19 @@ class _Rewrite(NodeTransformer):
         call = node.call if isinstance(node, nodes.CallBlock) else None
         super().generic_visit(node, *args, **kwargs)
         if isinstance(node, nodes.For):
-            node.iter = _through("counted", node.iter)
+            node.iter = _through("counted", cast(nodes.Expr, node.iter))
         elif isinstance(node, nodes.CallBlock) and call is not None:
             node.call = call  # {% call %} needs the bare call, whose arguments were visited in place
         elif isinstance(node, nodes.Output):
             node.nodes = [_through("measured", _as_expression(part)) for part in node.nodes]
         elif isinstance(node, nodes.Concat):
             return _through("joined", nodes.List(node.nodes, lineno=node.lineno))
-        elif isinstance(node, nodes.List | nodes.Dict | nodes.Call | nodes.Filter | nodes.BinExpr) or isinstance(node, nodes.Tuple) and node.ctx == "load":
+        elif isinstance(node, _MADE) and not (isinstance(node, nodes.Tuple) and node.ctx == "store"):
             return _through("measured", node)
         return node
+
+
+_MADE = nodes.List | nodes.Dict | nodes.Tuple | nodes.Call | nodes.Filter | nodes.BinExpr
 
 
 def _as_expression(part: nodes.Expr) -> nodes.Expr:

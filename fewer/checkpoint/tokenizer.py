@@ -7,7 +7,7 @@ What differs between layouts is how ordinary text is encoded (`Encoder`) and how
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,9 +19,10 @@ from fewer.errors import UsageError
 Spelling = Literal["byte-level", "sentencepiece"]
 
 # Names under which models end a turn or a text; they count where the vocabulary marks them as special.
-END_NAMES = frozenset(
-    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>"]
-)
+END_NAMES = frozenset([
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+    "</s>", "<eos>", "<｜end▁of▁sentence｜>", "<end_of_utterance>", "<|return|>",
+])  # fmt: skip
 
 
 class Encoder(Protocol):
@@ -39,6 +40,7 @@ class Vocabulary:
     special: frozenset[int]  # never shown: control tokens
     literal: frozenset[int]  # written as they are, outside the spelling: special and added tokens
     bos: int | None
+    eos: int | None  # what templates call eos_token
     ends: frozenset[int]  # tokens that end generation
     adds_bos: bool
     strips_space: bool = False  # encoding puts a space before the first word, decoding takes it away
@@ -47,9 +49,17 @@ class Vocabulary:
 class Tokenizer:
     """One vocabulary with its encoder and its chat template."""
 
-    def __init__(self, vocabulary: Vocabulary, encoder: Encoder, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        chat_template: str | None = None,
+        write: Callable[[Path], None] | None = None,
+    ) -> None:
+        """`write` puts the files that `from_folder` needs into a folder."""
         self.vocabulary = vocabulary
         self._encoder = encoder
+        self._write = write
         self._chat_source = chat_template
         self._chat: ChatTemplate | None = None
         self._pieces: dict[int, bytes] = {}
@@ -63,10 +73,16 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json and the files beside it. Raises CheckpointError."""
+        """From tokenizer.json and the files beside it, or from what `save` wrote. Raises CheckpointError."""
         from fewer.checkpoint import tokenizer_folder
 
         return tokenizer_folder.read_tokenizer(folder)
+
+    def save(self, folder: Path) -> None:
+        """Write it into an existing folder: `from_folder` makes the same tokenizer of that. Raises OSError."""
+        if self._write is None:
+            raise UsageError("this tokenizer was made in memory and has no files: load one from a model to save it")
+        self._write(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -127,9 +143,8 @@ class Tokenizer:
             raise UsageError("the model has no chat template: use --raw to continue the text as it is")
         if self._chat is None:
             self._chat = ChatTemplate(self._chat_source)
-        bos = self.vocabulary.tokens[self.bos_token] if self.bos_token is not None else ""
-        end = min(self.eos_tokens, default=None)
-        names = {"bos_token": bos, "eos_token": "" if end is None else self.vocabulary.tokens[end]}
+        marks = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos}
+        names = {name: "" if token is None else self.vocabulary.tokens[token] for name, token in marks.items()}
         return self._chat.render(messages, add_generation_prompt, names)
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 
 from fewer.checkpoint.tokenizer import END_NAMES, Spelling, Tokenizer, Vocabulary
-from fewer.checkpoint.tokenizer_gguf import ByteLevelEncoder
+from fewer.checkpoint.tokenizer_gguf import SAVED, ByteLevelEncoder, read_saved
 from fewer.errors import CheckpointError
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Raises CheckpointError where tokenizer.json is missing or damaged."""
+    if (folder / SAVED).is_file():
+        return read_saved(folder / SAVED)
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
@@ -26,18 +31,31 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     added = model.get_added_tokens_decoder()
     special = frozenset(index for index, token in added.items() if token.special)
     tokens = [model.id_to_token(index) or "" for index in range(_size(model))]
-    bos = _named(model, config, _json(folder / "special_tokens_map.json"), "bos_token")
+    names = _json(folder / "special_tokens_map.json")
+    bos, eos = (_named(model, config, names, key) for key in ("bos_token", "eos_token"))
     vocabulary = Vocabulary(
         tokens=tokens,
         spelling=_spelling(model, path),
         special=special,
         literal=frozenset(added),
         bos=bos,
-        ends=_ends(folder, model, config, special, tokens),
+        eos=eos,
+        ends=_ends(folder, eos, special, tokens),
         adds_bos=_adds_bos(model, config, bos),
         strips_space=_strips_space(model),
     )
-    return Tokenizer(vocabulary, ByteLevelEncoder(model), _template(folder, config))
+    return Tokenizer(
+        vocabulary, ByteLevelEncoder(model), _template(folder, config), lambda other: _copy(folder, other, vocabulary)
+    )
+
+
+def _copy(folder: Path, other: Path, vocabulary: Vocabulary) -> None:
+    """The files, and in place of the model's own configuration its tokens that end generation."""
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, other / name)
+    ends = json.dumps({"eos_token_id": sorted(vocabulary.ends)})
+    (other / "generation_config.json").write_text(ends, encoding="utf-8")
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
@@ -67,7 +85,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _state(part: object) -> dict[str, Any]:
     """The description of one part of the pipeline, as tokenizer.json has it; {} for a part that is not there."""
-    return json.loads(part.__getstate__()) if part is not None else {}  # type: ignore[attr-defined]
+    return json.loads(cast(bytes, part.__getstate__())) if part is not None else {}
 
 
 def _steps(description: Mapping[str, Any], listed_as: str) -> list[dict[str, Any]]:
@@ -113,14 +131,11 @@ def _adds_bos(model: tokenizers.Tokenizer, config: Mapping[str, Any], bos: int |
     return bos is not None and model.encode("", add_special_tokens=True).ids[:1] == [bos]
 
 
-def _ends(
-    folder: Path, model: tokenizers.Tokenizer, config: Mapping[str, Any], special: frozenset[int], tokens: list[str]
-) -> frozenset[int]:
-    ends = {index for index in special if tokens[index] in END_NAMES}
-    ends.add(_named(model, config, _json(folder / "special_tokens_map.json"), "eos_token"))  # type: ignore[arg-type]
+def _ends(folder: Path, eos: int | None, special: frozenset[int], tokens: list[str]) -> frozenset[int]:
+    ends = [eos, *(index for index in special if tokens[index] in END_NAMES)]
     for name in ("generation_config.json", "config.json"):
         value = _json(folder / name).get("eos_token_id")
-        ends.update(value if isinstance(value, list) else [value])
+        ends.extend(value if isinstance(value, list) else [value])
     return frozenset(index for index in ends if isinstance(index, int) and 0 <= index < len(tokens))
 
 

@@ -6,16 +6,20 @@ SentencePiece-style BPE (Llama 1 and 2, Mistral, Gemma, Phi-3).
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from fewer.checkpoint.pre_tokenizers import PreTokenizerRule, build_normalizer, build_pre_tokenizer, find_rule
 from fewer.checkpoint.sentencepiece import SentencePieceModel, SpecialTokens
-from fewer.checkpoint.tokenizer import END_NAMES, Tokenizer, Vocabulary
+from fewer.checkpoint.tokenizer import END_NAMES, Encoder, Tokenizer, Vocabulary
 from fewer.errors import CheckpointError
+
+SAVED = "tokenizer.fewer.json"  # the metadata in a folder of ours
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -38,7 +42,26 @@ def read_tokenizer(metadata: Mapping[str, object]) -> Tokenizer:
             f"tokenizer.chat_template is a {type(template).__name__}, not a text: the file is damaged"
         )
     read = _read_byte_level if kind == "gpt2" else _read_sentencepiece
-    return Tokenizer(*read(metadata, tokens, types), chat_template=template)
+    vocabulary, encoder = read(metadata, tokens, types)
+    return Tokenizer(vocabulary, encoder, template, lambda folder: _save(metadata, folder))
+
+
+def _save(metadata: Mapping[str, object], folder: Path) -> None:
+    """What was read, as JSON; 32-bit scores survive the way through decimal text."""
+    kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.") or key == "general.name"}
+    kept = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in kept.items()}
+    (folder / SAVED).write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+
+
+def read_saved(path: Path) -> Tokenizer:
+    """The tokenizer that `_save` wrote. Raises CheckpointError."""
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as fault:
+        raise CheckpointError(f"{path} is not JSON that can be read: {fault}") from None
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} holds a {type(metadata).__name__}, not an object")
+    return read_tokenizer(metadata)
 
 
 # ── byte-level BPE ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -60,7 +83,7 @@ class ByteLevelEncoder:
 
 def _read_byte_level(
     metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]
-) -> tuple[Vocabulary, ByteLevelEncoder]:
+) -> tuple[Vocabulary, Encoder]:
     rule = find_rule(_text(metadata, "pre") or "default")
     special = frozenset(index for index, kind in enumerate(types) if kind in (CONTROL, UNKNOWN))
     added = frozenset(index for index, kind in enumerate(types) if kind == USER_DEFINED)
@@ -75,6 +98,7 @@ def _read_byte_level(
         special=special,
         literal=special | added,
         bos=_token_id(metadata, "bos_token_id", tokens),
+        eos=_token_id(metadata, "eos_token_id", tokens),
         ends=_ends(metadata, tokens, special),
         adds_bos=_flag(metadata, "add_bos_token", rule.adds_bos),
     )
@@ -135,7 +159,7 @@ class SentencePieceEncoder:
 
 def _read_sentencepiece(
     metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]
-) -> tuple[Vocabulary, SentencePieceEncoder]:
+) -> tuple[Vocabulary, Encoder]:
     scores = _array(metadata, "scores")
     if len(scores) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
@@ -158,6 +182,7 @@ def _read_sentencepiece(
         special=special,
         literal=special | added,
         bos=bos,
+        eos=_token_id(metadata, "eos_token_id", tokens),
         ends=_ends(metadata, tokens, special | added),
         adds_bos=_flag(metadata, "add_bos_token", True),
         strips_space=adds_space,
@@ -210,10 +235,8 @@ def _token_id(metadata: Mapping[str, object], key: str, tokens: Sequence[str]) -
 
 def _types(metadata: Mapping[str, object], tokens: Sequence[str]) -> list[int]:
     """token_type, in which tokens that the file itself uses as marks are control tokens whatever it calls them."""
-    if "tokenizer.ggml.token_type" in metadata:
-        types = list(_array(metadata, "token_type"))
-    else:
-        types = [NORMAL] * len(tokens)
+    given = "tokenizer.ggml.token_type" in metadata
+    types = list(_array(metadata, "token_type")) if given else [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     for key in ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"):

@@ -89,7 +89,7 @@ class Client:
                 context = ssl.create_default_context(cafile=certificate)
         except (OSError, ssl.SSLError) as error:
             raise DownloadError(
-                f"the certificate bundle {certificate} cannot be read ({error}): correct PIP_CERT or pip's `cert` setting"
+                f"the certificate bundle {certificate} cannot be read ({error}): correct PIP_CERT or pip's `cert`"
             ) from error
         trusted = {address.hostname, f"{address.hostname}:{address.port}"}
         if trusted & self.settings.trusted_hosts:
@@ -101,7 +101,7 @@ class Client:
 def fetch(client: Client, url: str, part: Path, size: int, sha256: str, progress: Progress) -> None:
     """Downloads `url` into `part`, going on from the bytes that are already there, and checks size and SHA-256.
 
-    A break leaves `part` for the next call; contents that fail the check are deleted, so that nothing resumes from them.
+    A break leaves `part` for the next call; contents that fail the check are deleted, so nothing resumes from them.
     """
     while (have := _size(part)) != size:
         if have > size:
@@ -115,13 +115,13 @@ def fetch(client: Client, url: str, part: Path, size: int, sha256: str, progress
         part.unlink()
         progress.advance(-size)
         raise DownloadError(
-            f"{_name(url)} from {_host(url)} has SHA-256 {found[:12]}…, expected {sha256[:12]}…: nothing was installed; "
-            "try again, or use another index (PIP_INDEX_URL)"
+            f"{_name(url)} from {_host(url)} has SHA-256 {found[:12]}…, expected {sha256[:12]}…: nothing was "
+            "installed; try again, or use another index (PIP_INDEX_URL)"
         )
 
 
 def _receive(client: Client, url: str, part: Path, size: int, progress: Progress) -> None:
-    """One request: appends what arrives. A break after some bytes counts as progress, one before the first is raised."""
+    """One request: appends what arrives. A break after some bytes is progress, one before the first is raised."""
     have = _size(part)
     headers = {"Accept-Encoding": "identity"}
     if have:

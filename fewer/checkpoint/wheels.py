@@ -174,8 +174,8 @@ def _sync_folder(folder: Path) -> None:
 def _disk_error(alias: Alias, work: Path, error: OSError) -> CheckpointError | DownloadError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DownloadError(
-            f"the disk of {work.parent} filled up while {alias.name} was being installed: make room, or set FEWER_HOME to "
-            "a folder on a larger disk, and run the same command again"
+            f"the disk of {work.parent} filled up while {alias.name} was being installed: make room, or set "
+            "FEWER_HOME to a folder on a larger disk, and run the same command again"
         )
     return DownloadError(f"could not install {alias.name} in {work.parent}: {error.strerror or error}")
 
