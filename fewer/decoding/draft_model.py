@@ -128,7 +128,8 @@ class ChainDrafter:
         missing = context[self.agreed :]
         logits = self.session.decode(missing) if len(missing) == 1 else self.session.prefill([missing])
         self.agreed, self.fed = len(context), []
-        guesses, laws = [], []
+        guesses: list[int] = []
+        laws: list[Tensor] = []
         while True:
             token, law = self._guess(logits[0], [*context, *guesses] if self.sampler.config.reads_history else ())
             guesses.append(token)

@@ -74,12 +74,12 @@ def _choose(tree: DraftTree, node: int, below: list[int], p: Tensor, sampler: Sa
     assert tree.probabilities is not None
     q = tree.probabilities[node].to(p.device, p.dtype)
     for child in below:
-        token = torch.tensor(tree.tokens[child], device=p.device)
-        if sampler.uniform() < float(acceptance(p, q, token)):
+        guess = torch.tensor(tree.tokens[child], device=p.device)
+        if sampler.uniform() < float(acceptance(p, q, guess)):
             return child, tree.tokens[child]
         p = residual(p, q)
         if tree.origin == "without-replacement":
-            q = without(q, token)
+            q = without(q, guess)
     return None, sampler.draw(p)
 
 

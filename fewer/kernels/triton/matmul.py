@@ -54,14 +54,17 @@ def product(
         left = ((packed & 15).to(tl.float32) - 8.0) * factor + shift
         right = ((packed >> 4).to(tl.float32) - 8.0) * factor + shift
         total = multiply_tiles(low.to(tl.bfloat16), left.to(tl.bfloat16), total, ON_CPU, PRECISION)
-        return multiply_tiles(high.to(tl.bfloat16), right.to(tl.bfloat16), total, ON_CPU, PRECISION)
-    column = start + tl.arange(0, BLOCK_K)
-    loaded = tl.load(weight + held[None, :] * K + column[:, None], mask=(column < K)[:, None], other=0)
-    if FORMAT == "int8":
-        factor = spread(scale, held, column // GROUP, K, GROUP)
-        dense = (loaded.to(tl.float32) * factor).to(tl.bfloat16)
-        return multiply_tiles(low.to(tl.bfloat16), dense, total, ON_CPU, PRECISION)
-    return multiply_tiles(low.to(loaded.dtype), loaded, total, ON_CPU, PRECISION)
+        total = multiply_tiles(high.to(tl.bfloat16), right.to(tl.bfloat16), total, ON_CPU, PRECISION)
+    else:
+        column = start + tl.arange(0, BLOCK_K)
+        loaded = tl.load(weight + held[None, :] * K + column[:, None], mask=(column < K)[:, None], other=0)
+        if FORMAT == "int8":
+            factor = spread(scale, held, column // GROUP, K, GROUP)
+            dense = (loaded.to(tl.float32) * factor).to(tl.bfloat16)
+            total = multiply_tiles(low.to(tl.bfloat16), dense, total, ON_CPU, PRECISION)
+        else:
+            total = multiply_tiles(low.to(loaded.dtype), loaded, total, ON_CPU, PRECISION)
+    return total
 
 
 @triton.jit

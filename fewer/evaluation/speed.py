@@ -1,0 +1,81 @@
+"""Rates of one model: time to first token, prefill and decoding, each from wall-clock times of real runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fewer.decoding.sampling import SamplingConfig
+from fewer.evaluation.memory import kv_bytes_read, weight_bytes_read
+from fewer.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the lowest and highest of its rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One greedy answer. Times in seconds; `passes` are target passes after the prefill."""
+
+    tokens: list[int]
+    first_seconds: float
+    decode_seconds: float
+    passes: int
+    bytes_a_pass: int  # weights and keys and values, at the run's middle
+
+
+def run(model: LanguageModel, prompt: Sequence[int], max_tokens: int) -> Run:
+    """Answer one tokenised prompt, until a stop token or `max_tokens`."""
+    session = model.session(1, len(prompt) + max_tokens + 1)
+    tokens: list[int] = []
+    keys_at_start = 0
+    start = first = time.perf_counter()
+    for event in model.events([prompt], max_tokens, SamplingConfig(), session=session):
+        if not tokens:
+            first, keys_at_start = time.perf_counter(), session.cache.physical_lengths[0]
+        tokens += event.tokens
+    end = time.perf_counter()
+    keys = (keys_at_start + session.cache.physical_lengths[0]) / 2
+    read = weight_bytes_read(model) + kv_bytes_read(model, keys)
+    return Run(tokens, first - start, end - first, session.passes, read)
+
+
+def prefill_seconds(model: LanguageModel, prompt: Sequence[int]) -> tuple[float, int]:
+    """Seconds until the logits after `prompt` are there, and the bytes that the cache has allocated for it."""
+    session = model.session(1, len(prompt))
+    start = time.perf_counter()
+    session.prefill([list(prompt)])
+    if model.transformer.device.type == "cuda":
+        torch.cuda.synchronize(model.transformer.device)
+    return time.perf_counter() - start, session.cache.nbytes
+
+
+def decode_rate(runs: Sequence[Run]) -> float:
+    """Tokens a second after the first, over several answers."""
+    seconds = sum(each.decode_seconds for each in runs)
+    return sum(len(each.tokens) - 1 for each in runs) / seconds if seconds else 0.0
+
+
+def read_rate(runs: Sequence[Run]) -> float:
+    """Bytes a second that the target passes needed from memory."""
+    seconds = sum(each.decode_seconds for each in runs)
+    return sum(each.passes * each.bytes_a_pass for each in runs) / seconds if seconds else 0.0
+
+
+def tokens_a_pass(runs: Sequence[Run]) -> float:
+    passes = sum(each.passes for each in runs)
+    return sum(len(each.tokens) - 1 for each in runs) / passes if passes else 1.0
