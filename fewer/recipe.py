@@ -71,9 +71,11 @@ class Recipe:
     def from_yaml(cls, path: Path) -> list[Self]:
         """One recipe, or a list of recipes, from a YAML file."""
         try:
-            content = yaml.safe_load(path.read_text())
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as fault:
             raise UsageError(f"cannot read the recipe file {path}: {fault.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"the recipe file {path} is no UTF-8 text: give a YAML file") from None
         except yaml.YAMLError as fault:
             raise UsageError(f"{path} is not valid YAML: {str(fault).splitlines()[0]}") from None
         entries = content.get("recipes", content) if isinstance(content, dict) else content

@@ -52,8 +52,24 @@ def test_a_wrong_recipe_file_is_one_sentence(tmp_path: Path, content: str) -> No
         Recipe.from_yaml(tmp_path / "r.yaml")
 
 
+NEEDS = {"draft-model": "model=smollm2"}  # settings without which a method has nothing to run
+
+
 def test_every_registered_method_has_a_summary_and_default_settings_that_parse() -> None:
     for slot in SLOTS:
         for entry in methods(slot):
             assert entry.summary and len(entry.summary) < 120, entry.name
-            assert parse_spec(slot, entry.name).method is entry
+            spec = f"{entry.name}:{NEEDS[entry.name]}" if entry.name in NEEDS else entry.name
+            assert parse_spec(slot, spec).method is entry
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_method_that_needs_a_setting_says_how_to_write_it(name: str) -> None:
+    with pytest.raises(UsageError, match=f"write {name}:model=NAME"):
+        parse_spec("decoding", name)
+
+
+def test_a_recipe_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"weights: \xff\xfe")
+    with pytest.raises(UsageError, match="no UTF-8 text"):
+        Recipe.from_yaml(tmp_path / "r.yaml")

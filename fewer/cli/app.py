@@ -8,10 +8,11 @@ import typer
 
 import fewer
 from fewer.cli import chat, compress, doctor, generate, inspect, methods, models
-from fewer.cli.verb import Verb
+from fewer.cli.verb import Verb, Verbs
 
 app = typer.Typer(
     name="fewer",
+    cls=Verbs,
     help="Run, compare and compress open language models with fewer bits, tokens, experts and steps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a defect of ours keeps its plain traceback

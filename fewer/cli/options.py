@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fewer.checkpoint.aliases import ALIASES, DEFAULT_MODEL
+from fewer.errors import UsageError
 
 RECIPE, RUN, SAMPLING = "Recipe", "Machine", "Sampling"
 
@@ -46,8 +47,14 @@ def complete_decoding(incomplete: str) -> Iterable[tuple[str, str]]:
 
 def _not_blank(text: str) -> str:
     if not text.strip():
-        raise typer.BadParameter("the prompt is empty: give some text, or - to read it from stdin")
+        raise UsageError("the prompt is empty: give some text, or - to read it from stdin")
     return text
+
+
+def _positive(parameter: typer.CallbackParam, count: int | None) -> int | None:
+    if count is not None and count < 1:
+        raise UsageError(f"{parameter.opts[0]} is {count}: use a whole number from 1 on")
+    return count
 
 
 Prompt = Annotated[str, typer.Argument(callback=_not_blank, help="The text; - reads it from stdin.")]
@@ -117,12 +124,12 @@ Device = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. [default: the model's]"),
+    typer.Option(callback=_positive, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. [default: the model's]"),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=RUN, metavar="N", help="CPU threads. [default: all cores]")
+    int | None, typer.Option(callback=_positive, rich_help_panel=RUN, metavar="N", help="CPU threads. [default: all cores]")
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="At most this many new tokens.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", callback=_positive, metavar="N", help="At most this many new tokens.")]
 Temperature = Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is greedy; 1 is the model's own law.")]
 TopK = Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Keep the K most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="Keep the fewest tokens that sum to this.")]

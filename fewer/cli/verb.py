@@ -1,13 +1,15 @@
-"""How a verb ends: a fault becomes one sentence on stderr and an exit code; `--debug` shows the traceback."""
+"""How the command line ends: a fault becomes one sentence on stderr and an exit code; `--debug` shows the traceback."""
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fewer.errors import FewerError
 
@@ -37,6 +39,50 @@ class Verb(TyperCommand):
             traceback.print_exc()
         _say(sentence)
         raise typer.Exit(code)
+
+
+class Verbs(TyperGroup):
+    """The list of verbs: what is wrong with the words on the command line is one sentence too, without a box."""
+
+    def make_context(self, info_name: Any, args: list[str], *more: Any, **extra: Any) -> Any:
+        with _one_sentence(list(args)):
+            return super().make_context(info_name, args, *more, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_sentence([*getattr(ctx, "_protected_args", ()), *ctx.args]):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_sentence(args: Sequence[str]) -> Iterator[None]:
+    """`args` are the words given. The parser's exceptions are told by their looks: typer carries its own click, or uses
+    the installed one."""
+    try:
+        yield
+    except FewerError as fault:  # an option's own check
+        _say(" ".join(str(fault).split()))
+        raise typer.Exit(fault.exit_code) from None
+    except Exception as fault:
+        if not hasattr(fault, "format_message") or type(fault).__name__ == "NoArgsIsHelpError":
+            raise
+        sentence = " ".join(fault.format_message().split()).rstrip(".")
+        value = _given(getattr(fault, "param", None), args)
+        if value is not None and value not in sentence:
+            sentence += f", not '{value}'"
+        context = getattr(fault, "ctx", None)
+        more = f" ('{context.command_path} --help' lists what is allowed)" if context is not None else ""
+        _say(sentence[:1].lower() + sentence[1:] + more)
+        raise typer.Exit(getattr(fault, "exit_code", 2)) from None
+
+
+def _given(parameter: Any, args: Sequence[str]) -> str | None:
+    """The value that `args` have for an option."""
+    names = getattr(parameter, "opts", ())
+    for place, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name in names and (equals or place + 1 < len(args)):
+            return value if equals else args[place + 1]
+    return None
 
 
 def _say(sentence: str) -> None:
