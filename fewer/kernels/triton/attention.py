@@ -7,6 +7,8 @@ attends to the new token from registers, and (split 0) writes key and value to t
 
 Source: FlashAttention, arXiv 2205.14135, section 3; the merge is `fewer.kernels.attention.merge`.
 """
+# mypy: allow-untyped-defs
+# (the arguments of kernels are of Triton's language, not of Python)
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ Fused around the product: RMSNorm of x (its scale factors out of the sum, so x i
 
     out[n] = act(r·Σ_k x_k g_k W[n, k] + bias[n]) (· the same for row N + n, when gated) + residual[n]
 """
+# mypy: allow-untyped-defs
+# (the arguments of kernels are of Triton's language, not of Python)
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ nibbles. The constants leave the sum once a group:
 
     Σ w x = scale·(Σ_low (128 + q) x + Σ_high (2048 + q) x - 136 Σ_low x - 2056 Σ_high x) + zero·Σ x
 """
+# mypy: allow-untyped-defs
+# (the arguments of kernels are of Triton's language, not of Python)
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def multiply(
     if count == 1:
         blocks = blocks or gemv_blocks(matrix.kind, size, columns, fused.activation != "none")
         codes = matrix.codes.view(torch.int32) if matrix.kind == "int4" else matrix.codes
-        grid = (-(-size // blocks.rows),)
+        grid: tuple[int, ...] = (-(-size // blocks.rows),)
         _GEMV[matrix.kind][grid](
             x, gain, codes, *pointers, size, columns, matrix.group_size, *flags, blocks.rows, blocks.columns, pdl,
             num_warps=blocks.warps, **launch,
@@ -92,7 +92,7 @@ def multiply(
 
 def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
     """Block sizes for one row, measured on an H200 (docs/h200.md)."""
-    whole = 1 << (columns - 1).bit_length()
+    whole = max(32, 1 << (columns - 1).bit_length())  # int8 sums 32 columns at a time
     if kind == "dense":
         return Blocks(2 if gated else 4, min(whole, 2048), 4)
     if kind == "int8":

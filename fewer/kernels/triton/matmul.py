@@ -2,6 +2,8 @@
 
 Weights become bfloat16 in registers, sums are float32. The same fusions as `fewer.kernels.triton.gemv`.
 """
+# mypy: allow-untyped-defs
+# (the arguments of kernels are of Triton's language, not of Python)
 
 from __future__ import annotations
 

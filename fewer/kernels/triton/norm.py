@@ -1,4 +1,6 @@
 """RMSNorm of whole rows in one pass, optionally with the residual added first."""
+# mypy: allow-untyped-defs
+# (the arguments of kernels are of Triton's language, not of Python)
 
 from __future__ import annotations
 
