@@ -32,8 +32,8 @@ def table(seed: int, sharpness: float) -> Tensor:
     return sharpness * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-TARGET, DRAFT = table(0, 1.5), table(1, 1.0)
-Q = DRAFT.softmax(-1)
+TARGET = table(0, 1.5)
+Q = table(4, 1.5).softmax(-1)  # the draft's law after each token, far from the target's
 
 
 def bound(law: list[float], draws: int) -> float:
@@ -175,9 +175,21 @@ def soft_q_for_top_children(tree: DraftTree, logits: Tensor, sampler: Sampler) -
     return exact_rule(replace(tree, origin="iid", probabilities=Q[torch.tensor(tree.tokens)]), logits, sampler)
 
 
-@pytest.mark.parametrize("rule", [fresh_sample_for_each_row, soft_q_for_top_children])
-def test_the_wrong_rules_fail_the_same_bound(rule: Rule) -> None:
-    counts, _ = measure("deterministic", (3, 2), PLAIN, rule)
+def unchanged_q_without_replacement(tree: DraftTree, logits: Tensor, sampler: Sampler) -> list[int]:
+    """WRONG: a rejected child is not struck out of q, though it could not be drawn again."""
+    return exact_rule(replace(tree, origin="iid"), logits, sampler)
+
+
+WRONG: list[tuple[Rule, Origin]] = [
+    (fresh_sample_for_each_row, "deterministic"),
+    (soft_q_for_top_children, "deterministic"),
+    (unchanged_q_without_replacement, "without-replacement"),
+]
+
+
+@pytest.mark.parametrize(("rule", "origin"), WRONG)
+def test_the_wrong_rules_fail_the_same_bound(rule: Rule, origin: Origin) -> None:
+    counts, _ = measure(origin, (3, 2), PLAIN, rule)
     law = exact_pairs(PLAIN)
     first = firsts(law)
     assert distance(counts, law, DRAWS) > 2 * bound(list(law.values()), DRAWS)
