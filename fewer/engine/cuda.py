@@ -61,9 +61,9 @@ def _fits(layer: Layer) -> bool:
 
 @dataclass(slots=True)
 class _Pass:
-    """Static buffers of one (batch, pool), and the graph that works on them."""
+    """Static buffers of one (batch, pool), and the graph that works on them. It does not keep the pool alive: the
+    graph is replayed only when a pool of the same shape lies at the same address."""
 
-    pool: Tensor  # [L, 2, B, Hk, capacity, D]
     inputs: Tensor  # [2, B] int32: tokens, lengths
     residual: Tensor  # [B, d]
     qkv: Tensor  # [B, (H + 2 Hk) D]
@@ -103,9 +103,9 @@ class CudaDecoder:
         work = self._pass(cache.pools[0])
         work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
         if not self.on_gpu:
-            self.forward(work)
+            self.forward(work, cache.pools[0])
         elif work.graph is None:
-            work.graph = self._capture(work)
+            work.graph = self._capture(work, cache.pools[0])
         if work.graph is not None:
             work.graph.replay()
         return work.logits
@@ -114,15 +114,15 @@ class CudaDecoder:
         """Whether the last pass over `cache` gave finite logits. Waits for it."""
         return bool(torch.isfinite(self._pass(cache.pools[0]).total))
 
-    def _capture(self, work: _Pass) -> torch.cuda.CUDAGraph:
+    def _capture(self, work: _Pass, pool: Tensor) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream(self.model.device)
         side.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(side):
-            self.forward(work)  # compiles the kernels; replays write the same keys again
+            self.forward(work, pool)  # compiles the kernels; replays write the same keys again
         torch.cuda.current_stream(self.model.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.forward(work)
+            self.forward(work, pool)
         return graph
 
     def _pass(self, pool: Tensor) -> _Pass:
@@ -144,7 +144,6 @@ class CudaDecoder:
 
         tiling = attention_decode.tiling_for(batch, kv_heads, capacity, self.processors)
         return _Pass(
-            pool=pool,
             inputs=torch.zeros(2, batch, dtype=torch.int32, device=device),
             residual=empty(config.hidden_size, model.residual_dtype),
             qkv=empty((config.heads + 2 * kv_heads) * head_dim),
@@ -169,14 +168,14 @@ class CudaDecoder:
             eps=self.config.norm_eps,
         )
 
-    def forward(self, work: _Pass) -> None:
-        """Every launch of one pass, in order."""
+    def forward(self, work: _Pass, pool: Tensor) -> None:
+        """Every launch of one pass, in order; pool [L, 2, B, Hk, capacity, D]."""
         model, config = self.model, self.config
         tokens, lengths = work.inputs[0], work.inputs[1]
         embedded = model.embed.rows(tokens.long())
         work.residual.copy_(embedded if config.embedding_scale is None else embedded * config.embedding_scale)
         for index, layer in enumerate(model.layers):
-            self._layer(layer, index, lengths, work)
+            self._layer(layer, *pool[index].unbind(0), work.fusions[index], lengths, work)
         head = stored(model.head)
         assert head is not None
         multiply(work.residual, head, work.logits, Fused(model.norm, config.norm_eps), self.pdl)
@@ -186,16 +185,15 @@ class CudaDecoder:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         torch.sum(work.logits, (0, 1), out=work.total)
 
-    def _layer(self, layer: Layer, index: int, lengths: Tensor, work: _Pass) -> None:
+    def _layer(self, layer: Layer, keys: Tensor, values: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
         config, pdl = self.config, self.pdl
         block = layer.feed_forward
         assert isinstance(block, FeedForward)
         before, between = layer.attention_norm, layer.feed_forward_norm
         self._multiply(work.residual, layer.attention.qkv, work.qkv, before)
-        keys, values = work.pool[index].unbind(0)
         attention_decode.launch(
             work.qkv, keys, values, lengths, work.attended, None, work.scratch, work.tiling, config.heads, config.scale,
-            None, config.attention_softcap, work.fusions[index], pdl,
+            None, config.attention_softcap, fusion, pdl,
         )  # fmt: skip
         self._multiply(work.attended, layer.attention.o, work.residual, residual=work.residual)
         self._multiply(work.residual, block.gate_up, work.gated, between, config.activation)

@@ -33,7 +33,7 @@ class Scratch:
     ) -> Scratch:
         shape = (batch, kv_heads, splits, heads // kv_heads)
         return cls(
-            torch.empty(*shape, _power(head_dim), device=device),
+            torch.empty(*shape, _width(head_dim), device=device),
             torch.empty(shape, device=device),
             torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
         )
@@ -78,9 +78,9 @@ def launch(
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
         scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
-        heads, kv_heads, head_dim, rotary_dim, _power(head_dim), _power(heads // kv_heads), tiling.splits,
+        heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.splits,
         _power(tiling.splits), _power(batch), tiling.slots, tiling.stages,
-        max(1, 4096 // (_power(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
+        max(1, 4096 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
         num_warps=tiling.warps, **options,
     )  # fmt: skip
@@ -105,6 +105,11 @@ def attention_decode(
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
     launch(q.contiguous(), keys, values, lengths, out, lse, scratch, tiling, heads, scale, window, softcap)
     return out, lse
+
+
+def _width(head_dim: int) -> int:
+    """Channels of a tile: a power of two, and no fewer than a tensor core takes."""
+    return max(16, _power(head_dim))
 
 
 def _power(count: int) -> int:
