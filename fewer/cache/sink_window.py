@@ -2,7 +2,8 @@
 
 Paper: Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453.
 Differs from the paper: positions are renumbered inside the cache only when `renumber` is set (the paper always does);
-without it keys keep the positions they had in the text, and the context length still bounds the text.
+without it keys keep the positions they had in the text, and the context length still bounds the text. Each token sees
+the sinks and its own window, however the text is cut into steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fewer.slots import method
 class SinkWindowConfig:
     sinks: int = 4  # first tokens that are always kept
     window: int = 1020  # most recent tokens that are kept, the current one included
-    renumber: bool = False  # rotate keys to their place in the cache instead of their place in the text
+    renumber: bool = False  # positions count the sinks and the window, not the text between them
 
     def __post_init__(self) -> None:
         if self.sinks < 0:

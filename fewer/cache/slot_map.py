@@ -51,6 +51,15 @@ class SlotMap:
         return tokens if self.window is None else min(tokens, self.sinks + self.window + 2 * SLACK)
 
     @property
+    def budget(self) -> int:
+        """The most tokens that a query sees, itself included, where there is a window."""
+        return self.sinks + (self.window or 0)
+
+    def has_gap(self, plan: StepPlan) -> bool:
+        """Some query of the step may see sinks, a gap and its window."""
+        return self.window is not None and self.sinks > 0 and plan.stop > self.budget
+
+    @property
     def evicts(self) -> bool:
         return self.window is not None and self.capacity == self.sinks + self.window + 2 * SLACK
 
@@ -149,10 +158,19 @@ class SlotMap:
         self.pending = [0] * len(self.counts)
         return self._move(moves) if moved else None
 
-    def truncate(self, row: int, position: int) -> None:
-        """Forget the tokens of `row` at positions `position` and beyond."""
+    def count_before(self, row: int, position: int) -> int:
+        """Slots of `row` whose tokens stand before `position`. Raises FewerError where a query at `position` would miss
+        some that it may see, because they were evicted."""
         live = self.table[row, : self.counts[row]]
-        self.counts[row] = int((live < position).sum())
+        count = int((live < position).sum())
+        if self.window is not None and count < position:
+            visible = position - max(self.sinks, position - self.window + 1)
+            if count - self.sinks < visible:
+                raise FewerError(
+                    f"cannot go back to {position} tokens: the window's tokens before that are no longer stored; go "
+                    f"back less far (at least {SLACK} tokens are possible) or start again at 0"
+                )
+        return count
 
     def _move(self, sources: list[Tensor]) -> Tensor:
         """Pad the rows' source slots to one width, move the position table, and return [B, n] for the layers."""

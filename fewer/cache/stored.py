@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from fewer.cache.slot_map import SLACK, SlotMap, StepPlan
-from fewer.kernels.attention import attention
+from fewer.kernels.attention import attend, attention, merge
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
 
 
 class StoredLayer:
-    """One layer's keys and values [B, Hk, capacity, D], rotated before they are stored (unless `renumber`)."""
+    """One layer's keys and values [B, Hk, capacity, D]; keys are rotated before they are stored."""
 
     keys: Tensor  # views into the pool of the layer's kind
     values: Tensor
@@ -29,12 +29,14 @@ class StoredLayer:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rotary: Rotary | None, step: Step) -> Tensor:
         plan = self.cache.plan_for(self.slots, step)
-        if self.renumber and rotary is not None:
-            return self._attend_renumbered(q, k, v, rotary, plan)
+        unrotated = q
         if rotary is not None:
             q, k = rotary.apply(q, step.positions), rotary.apply(k, step.positions)
         self._store(k, v, plan)
         mask = self._mask(plan)
+        if self.renumber and rotary is not None and self.slots.has_gap(plan):
+            near = rotary.apply(unrotated, step.positions.clamp(max=self.slots.budget - 1))
+            return self._attend_renumbered(q, near, plan, mask)
         window = slice(plan.first, plan.stop)
         return attention(
             q, self.keys[:, :, window], self.values[:, :, window], self.scale, mask, plan.causal, self.softcap
@@ -45,19 +47,27 @@ class StoredLayer:
         self._store(nothing, nothing, plan)
         self._mask(plan)
 
-    def _attend_renumbered(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, plan: StepPlan) -> Tensor:
-        """Positions count slots, not tokens: unrotated keys are stored, and every step turns them to their slots."""
-        self._store(k, v, plan)
-        live = slice(plan.first, plan.stop)
-        slots = torch.arange(plan.stop - plan.first, device=q.device)[None]
-        if plan.slots is not None:
-            at = plan.slots
-        else:
-            assert plan.start is not None
-            at = torch.arange(plan.start, plan.stop, device=q.device)[None].expand(q.shape[0], -1)
-        keys = rotary.apply(self.keys[:, :, live], slots.expand(q.shape[0], -1))
-        q = rotary.apply(q, at - plan.first)
-        return attention(q, keys, self.values[:, :, live], self.scale, self._mask(plan), plan.causal, self.softcap)
+    def _attend_renumbered(self, q: Tensor, near: Tensor, plan: StepPlan, mask: Tensor | None) -> Tensor:
+        """Positions count what a query sees: sinks at 0, 1, …, then its window, as if nothing lay between.
+
+        Distances inside the window are those of the text, so its keys need no turning. Only the sinks come nearer: for
+        them the query `near` stands at place sinks + window - 1 at most. The two parts are merged.
+        """
+        assert mask is not None  # there is a gap
+        sinks = self.slots.sinks
+        of_sink = self.slots.table[:, None, None, : plan.stop] < sinks  # [B, 1, 1, S]
+        # The sinks have the first slots, except in the step that brings them: a tree may place siblings there.
+        first, last = (sinks, sinks) if min(self.slots.counts) >= sinks else (0, plan.stop)
+        parts = [
+            (near, slice(0, last), mask & of_sink),
+            (q, slice(first, plan.stop), mask & ~of_sink),
+        ]
+        return merge(
+            [
+                attend(query, self.keys[:, :, at], self.values[:, :, at], self.scale, seen[..., at], self.softcap)
+                for query, at, seen in parts
+            ]
+        )[0]
 
     def _store(self, k: Tensor, v: Tensor, plan: StepPlan) -> None:
         if plan.slots is None:
@@ -85,12 +95,10 @@ class StoredLayer:
             self.absent[:, plan.start : plan.stop] = skipped
         else:
             self.absent.scatter_(1, plan.slots, skipped)
+        if plan.causal:  # the text begins with this step, and nothing in it skips the layer
+            return None
         present = ~self.absent[:, None, None, plan.first : plan.stop]
-        if plan.mask is not None:
-            return plan.mask & present
-        if plan.causal:
-            raise AssertionError("a layer plan is always masked")
-        return present
+        return present if plan.mask is None else plan.mask & present
 
     def move(self, moves: Tensor) -> None:
         """Slot j of row b takes what slot moves[b, j] held."""
@@ -137,7 +145,7 @@ class StoredCache:
         self._point_layers()
         self.skips = False  # some token skipped some layer
         self.committed = [0] * batch
-        self._new = [0] * batch
+        self._tentative = 0  # width of a step that is not committed yet
         self._plans: dict[int, StepPlan] = {}
         self._step: Step | None = None
 
@@ -175,9 +183,14 @@ class StoredCache:
 
     def begin(self, step: Step) -> None:
         batch, width = step.positions.shape
-        self._new = list(step.lengths) if step.lengths is not None else [width] * batch
+        new = list(step.lengths) if step.lengths is not None else [width] * batch
+        if self._tentative:  # the last step failed or was given up
+            for slots in self.maps:
+                for row, count in enumerate(slots.counts):
+                    self._clear(slots, row, count, count + self._tentative)
+        self._tentative = width
         for slots in self.maps:
-            plan, moves = slots.plan(step, self._new, width)
+            plan, moves = slots.plan(step, new, width)
             if moves is not None:
                 self._move(slots, moves)
             self._plans[id(slots)] = plan
@@ -191,6 +204,7 @@ class StoredCache:
         for row, choice in enumerate(kept):
             self.committed[row] += choice if isinstance(choice, int) else len(choice)
         self._step = None
+        self._tentative = 0
 
     def advance_one(self, position: int) -> int:
         """Commit one token of a single row that a fast path has stored itself; returns its slot."""
@@ -202,11 +216,18 @@ class StoredCache:
         return slot
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget the tokens of `row` from position `length` on."""
-        for slots in self.maps:
-            slots.truncate(row, length)
+        """Forget the tokens of `row` from position `length` on. Raises FewerError where a window's tokens before it are
+        gone."""
+        cuts = [slots.count_before(row, length) for slots in self.maps]
+        for slots, kept in zip(self.maps, cuts, strict=True):
+            self._clear(slots, row, kept, slots.counts[row])
+            slots.counts[row] = kept
         self.committed[row] = min(self.committed[row], length)
         self._step = None
+
+    def _clear(self, slots: SlotMap, row: int, start: int, stop: int) -> None:
+        """What was stored may not be finite, and a mask keeps no NaN out: 0·NaN is NaN."""
+        self.pools[self.maps.index(slots)][:, :, row, :, start:stop] = 0
 
     def reserve(self, tokens: int) -> None:
         """Grow every unbounded kind of layer to hold this many tokens a row."""

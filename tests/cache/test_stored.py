@@ -11,10 +11,10 @@ from torch import Tensor
 from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
 from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
-from fewer.kernels.attention import attend
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
+from tests.cache.dense_reference import attention_at
 
 CONFIG = ModelConfig("llama", 10, 32, 64, 2, 4, 2, 8, 4096)
 WINDOWED = ModelConfig("mistral", 10, 32, 64, 2, 4, 2, 8, 4096, sliding_window=16)
@@ -35,19 +35,20 @@ def sinks(batch: int) -> StoredCache:
 
 
 class Text:
-    """Random queries, keys and values of a text, and their dense attention."""
+    """Random queries, keys and values of a text, and their dense attention in float64."""
 
     def __init__(self, batch: int, window: int | None, sinks: int) -> None:
         self.q, self.k, self.v = (torch.randn(batch, heads, TOTAL, 8) for heads in (4, 2, 2))
         self.rotary = Rotary(8, 8, 1e4, 4096)
-        positions = torch.arange(TOTAL)
-        distance = positions[:, None] - positions
-        mask = distance >= 0
-        if window is not None:
-            mask &= (distance < window) | (positions < sinks)
-        each = positions.expand(batch, -1)
-        turned = self.rotary.apply(self.q, each), self.rotary.apply(self.k, each)
-        self.expected = attend(*turned, self.v, CONFIG.scale, mask[None, None])[0]
+        rows = zip(self.q, self.k, self.v, strict=True)
+        self.expected = torch.stack(
+            [
+                torch.stack(
+                    [attention_at(q[:, t], k, v, t, window, sinks, False, CONFIG.scale) for t in range(TOTAL)], dim=1
+                )
+                for q, k, v in rows
+            ]
+        ).float()
 
     def feed(self, cache: StoredCache, at: list[int], new: list[int]) -> Tensor:
         width = max(new)
