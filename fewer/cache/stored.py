@@ -201,6 +201,7 @@ class StoredCache:
             moves = slots.commit(kept)
             if moves is not None:
                 self._move(slots, moves)
+        choice: int | Sequence[int]
         for row, choice in enumerate(kept):
             self.committed[row] += choice if isinstance(choice, int) else len(choice)
         self._step = None

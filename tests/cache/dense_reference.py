@@ -1,4 +1,4 @@
-"""Attention in float64, one query at a time, over the keys that a cache promises: what stored caches are held against."""
+"""Attention in float64, one query at a time, over the keys that a cache promises: the reference of stored caches."""
 
 from __future__ import annotations
 

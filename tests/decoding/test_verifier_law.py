@@ -108,7 +108,8 @@ def exact_rule(tree: DraftTree, logits: Tensor, sampler: Sampler) -> list[int]:
 def measure(
     origin: Origin, widths: tuple[int, int], config: SamplingConfig = PLAIN, rule: Rule = exact_rule
 ) -> tuple[Counts, float]:
-    """Frequencies of the first two tokens (a round that yields one is followed by a plain draw), and accepted a round."""
+    """How often each pair of tokens came (where a round yields one, a plain draw follows), and the share of rounds that
+    accepted."""
     dice, sampler, second = random.Random(5), Sampler(config), Sampler(replace(config, seed=9))
     counts: Counts = {}
     accepted = 0
