@@ -175,7 +175,7 @@ class CudaDecoder:
         embedded = model.embed.rows(tokens.long())
         work.residual.copy_(embedded if config.embedding_scale is None else embedded * config.embedding_scale)
         for index, layer in enumerate(model.layers):
-            self._layer(layer, *pool[index].unbind(0), work.fusions[index], lengths, work)
+            self._layer(layer, pool[index], work.fusions[index], lengths, work)
         head = stored(model.head)
         assert head is not None
         multiply(work.residual, head, work.logits, Fused(model.norm, config.norm_eps), self.pdl)
@@ -185,15 +185,16 @@ class CudaDecoder:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         torch.sum(work.logits, (0, 1), out=work.total)
 
-    def _layer(self, layer: Layer, keys: Tensor, values: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
+    def _layer(self, layer: Layer, cached: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
+        """cached [2, B, Hk, capacity, D]: the layer's keys and values."""
         config, pdl = self.config, self.pdl
         block = layer.feed_forward
         assert isinstance(block, FeedForward)
         before, between = layer.attention_norm, layer.feed_forward_norm
         self._multiply(work.residual, layer.attention.qkv, work.qkv, before)
         attention_decode.launch(
-            work.qkv, keys, values, lengths, work.attended, None, work.scratch, work.tiling, config.heads, config.scale,
-            None, config.attention_softcap, fusion, pdl,
+            work.qkv, cached[0], cached[1], lengths, work.attended, None, work.scratch, work.tiling, config.heads,
+            config.scale, None, config.attention_softcap, fusion, pdl,
         )  # fmt: skip
         self._multiply(work.attended, layer.attention.o, work.residual, residual=work.residual)
         self._multiply(work.residual, block.gate_up, work.gated, between, config.activation)
