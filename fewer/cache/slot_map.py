@@ -144,10 +144,9 @@ class SlotMap:
             self.counts[row] = count - dropped
         return self._move(moves)
 
-    def commit(self, kept: Sequence[int] | Sequence[Sequence[int]]) -> Tensor | None:
+    def commit(self, kept: Sequence[int | Sequence[int]]) -> Tensor | None:
         """Keep a prefix (int) or a choice (ascending list) of each row's pending slots. Returns moves or None."""
         moves, moved = [], False
-        choice: int | Sequence[int]
         for row, choice in enumerate(kept):
             count = self.counts[row]
             chosen = list(range(choice)) if isinstance(choice, int) else list(choice)

@@ -196,12 +196,11 @@ class StoredCache:
             self._plans[id(slots)] = plan
         self._step = step
 
-    def commit(self, kept: Sequence[int] | Sequence[Sequence[int]]) -> None:
+    def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         for slots in self.maps:
             moves = slots.commit(kept)
             if moves is not None:
                 self._move(slots, moves)
-        choice: int | Sequence[int]
         for row, choice in enumerate(kept):
             self.committed[row] += choice if isinstance(choice, int) else len(choice)
         self._step = None

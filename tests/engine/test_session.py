@@ -1,4 +1,4 @@
-"""Sessions: chunks, ragged batches, trees, commits and rollbacks give what one plain forward pass over the text gives."""
+"""Sessions: chunks, ragged batches, trees, commits and rollbacks equal one plain forward pass over the text."""
 
 from __future__ import annotations
 

@@ -1,0 +1,171 @@
+"""The flat one-token path gives the general path's numbers, and leaves every model it is not written for alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
+from fewer.engine.runner import Runner
+from fewer.engine.session import Session
+from fewer.engine.single_token import supports
+from fewer.formats import Int4Format, Int8Format, WeightFormat
+from fewer.model.config import ExpertsConfig, ModelConfig, RopeScaling
+from fewer.weights.int4 import Int4Config, Int4Weights
+from tests.random_model import config_of, new_session, random_tokens, random_transformer
+
+BASE = config_of(hidden_size=64, intermediate_size=128, head_dim=16)
+NETWORKS = {
+    "gqa": BASE,
+    "mha": replace(BASE, kv_heads=4),
+    "mqa": replace(BASE, kv_heads=1),
+    "biases": replace(BASE, attention_bias=True, output_bias=True, mlp_bias=True),
+    "nope": replace(BASE, rope_layers=(True, False, True)),
+    "no-positions": replace(BASE, rope_layers=(False, False, False)),
+    "tied-scaled": replace(
+        BASE, tied_embeddings=True, embedding_scale=8.0, attention_scale=0.1, logit_scale=0.5, logit_softcap=20.0
+    ),
+    "gelu": replace(BASE, activation="gelu_tanh"),
+    "exact-gelu": replace(BASE, activation="gelu"),
+    "llama3-rope": replace(BASE, rope_scaling=RopeScaling("llama3", 8.0, 32)),
+    "yarn": replace(BASE, rope_scaling=RopeScaling("yarn", 4.0, 64)),  # its magnitude is not 1
+}
+
+Quantize = Callable[[str, Tensor], WeightFormat] | None
+
+
+def mixed(name: str, weight: Tensor) -> WeightFormat:
+    """As loaders make it: int4 layers, int8 embedding and head."""
+    return Int4Weights(torch.bfloat16, Int4Config(group=64)).quantize(name, weight)
+
+
+FORMATS: dict[str, tuple[torch.dtype, Quantize, float]] = {  # dtype, format, tolerance as a share of the logit range
+    "float32": (torch.float32, None, 1e-5),
+    "bfloat16": (torch.bfloat16, None, 3e-2),
+    "int8": (torch.bfloat16, lambda name, weight: Int8Format.from_dense(weight), 3e-2),
+    "int4": (torch.bfloat16, lambda name, weight: Int4Format.from_dense(weight, 32), 3e-2),
+    "int4 and int8": (torch.bfloat16, mixed, 3e-2),
+    "int4 in float32": (torch.float32, mixed, 3e-2),
+}
+
+
+def build(config: ModelConfig, kind: str) -> tuple[Runner, Runner, float]:
+    """The same model with the fast path and without it."""
+    dtype, quantize, tolerance = FORMATS[kind]
+    model = random_transformer(config, dtype=dtype, quantize=quantize, spread=1.0)
+    fast, general = Runner(model), Runner(model)
+    assert fast.single is not None
+    general.single = None
+    return fast, general, tolerance
+
+
+def compare(fast: Session, general: Session, steps: int, tolerance: float) -> None:
+    for token in random_tokens(steps, seed=3):
+        left, right = fast.decode([token]), general.decode([token])
+        assert left.shape == right.shape and left.dtype == right.dtype == torch.float32
+        assert float((left - right).abs().max()) <= tolerance * float(right.max() - right.min())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_it_equals_the_general_path_in_float32(network: str) -> None:
+    fast, general, tolerance = build(NETWORKS[network], "float32")
+    sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
+    for session in sessions:
+        session.prefill([random_tokens(5)])
+    compare(*sessions, 70, tolerance)  # the cache grows several times
+    left, right = (session.cache for session in sessions)
+    assert left.lengths == right.lengths == [75]
+    assert torch.equal(left.positions(0), right.positions(0))
+    torch.testing.assert_close(left.pools[0][..., :75, :], right.pools[0][..., :75, :], atol=1e-4, rtol=1e-4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "float32"])
+@pytest.mark.parametrize("network", ["gqa", "biases", "tied-scaled"])
+def test_it_equals_the_general_path_in_every_format(network: str, kind: str) -> None:
+    fast, general, tolerance = build(NETWORKS[network], kind)
+    sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
+    for session in sessions:
+        session.prefill([random_tokens(5)])
+    compare(*sessions, 12, tolerance)
+
+
+def test_it_alternates_with_every_other_kind_of_step() -> None:
+    fast, general, tolerance = build(BASE, "float32")
+    sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
+    for session in sessions:
+        session.prefill([random_tokens(9)])
+    compare(*sessions, 3, tolerance)
+    for session in sessions:
+        session.rollback([6])
+    compare(*sessions, 2, tolerance)
+    for session in sessions:
+        session.prefill([random_tokens(30, seed=1)])
+    compare(*sessions, 3, tolerance)
+
+
+def test_it_starts_from_an_empty_cache() -> None:
+    fast, general, tolerance = build(BASE, "float32")
+    compare(new_session(fast.model, runner=fast), new_session(general.model, runner=general), 3, tolerance)
+
+
+def test_models_of_one_runner_do_not_share_buffers() -> None:
+    """Logits handed out stay what they were when the next token runs."""
+    fast, _, _ = build(BASE, "float32")
+    session = new_session(fast.model, runner=fast)
+    first = session.decode([3])
+    kept = first.clone()
+    session.decode([4])
+    assert torch.equal(first, kept)
+
+
+def test_a_cache_that_is_not_contiguous_takes_the_general_path() -> None:
+    fast, general, tolerance = build(BASE, "float32")
+    settings = SinkWindowConfig(2, 6)
+    compare(
+        new_session(fast.model, 1, SinkWindowCache, settings, runner=fast),
+        new_session(general.model, 1, SinkWindowCache, settings, runner=general),
+        30,
+        tolerance,
+    )
+
+
+REFUSED = {
+    "sliding window": {"sliding_window": 16},
+    "windows in some layers": {"sliding_window": 16, "sliding_layers": (True, False, False)},
+    "soft-cap": {"attention_softcap": 30.0},
+    "norms of q and k": {"qk_norm": "head"},
+    "sandwich norms": {"norm_placement": "sandwich"},
+    "post norms": {"norm_placement": "post"},
+    "clipping": {"clip_qkv": 4.0},
+    "residual scale": {"residual_scale": 0.5},
+    "partial rotation": {"rotary_dim": 8},
+    "experts": {"experts": ExpertsConfig(4, 2, 32, True)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_other_networks_are_refused(reason: str) -> None:
+    model = random_transformer(replace(BASE, **REFUSED[reason]))
+    assert not supports(model)
+    runner = Runner(model)
+    assert runner.single is None
+    session, whole = new_session(model, 1, FullCache, runner=runner), new_session(model)
+    tokens = random_tokens(24)
+    session.prefill([tokens[:20]])
+    for token in tokens[20:]:
+        logits = session.decode([token])
+    torch.testing.assert_close(logits, whole.prefill([tokens]), atol=1e-4, rtol=1e-4)
+
+
+def test_projections_of_different_formats_are_refused() -> None:
+    def quantize(name: str, weight: Tensor) -> WeightFormat:
+        small = name.endswith("attention.v.weight")
+        return Int8Format.from_dense(weight) if small else Int4Format.from_dense(weight, 32)
+
+    model = random_transformer(BASE, dtype=torch.bfloat16, quantize=quantize)
+    assert not supports(model)
+    assert new_session(model).decode([1]).isfinite().all()
