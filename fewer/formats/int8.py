@@ -18,6 +18,8 @@ from torch import Tensor
 from fewer.formats.base import WeightFormat
 from fewer.kernels import nibbles
 
+ALIGNMENT = 64  # bytes; PyTorch's own allocations have it
+
 
 class Int8Format(WeightFormat):
     name = "int8"
@@ -38,7 +40,7 @@ class Int8Format(WeightFormat):
             raise ValueError(f"int8 takes 1 or {columns // 32} scales a row, not {scale.shape[1]}")
         scale = scale.to(torch.bfloat16)
         if scale.shape[1] == 1 or codes.is_cuda:
-            return cls((rows, columns), codes.contiguous(), scale.contiguous())
+            return cls((rows, columns), _aligned(codes.contiguous()), _aligned(scale.contiguous()))
         shifted = codes.view(torch.uint8) ^ 128  # q + 128
         packed = nibbles.pack_for_cpu(torch.cat((shifted >> 4, shifted & 15), dim=1))
         scales = torch.cat((scale * 16, scale), dim=1)
@@ -122,6 +124,12 @@ class Int8Format(WeightFormat):
             return cls(shape, torch.cat([part.codes for part in parts]), scale, halves=True)
         codes, scales = zip(*(part.stored() for part in parts), strict=True)
         return cls.from_codes(torch.cat(codes), torch.cat(scales))
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """PyTorch's int8 product reads whole vectors and faults on memory that does not begin on one, as a mapped file's
+    tensors may."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def _join(halves: Tensor) -> Tensor:
