@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fewer
-from fewer.cli import chat, compress, doctor, generate, inspect, methods, models
+from fewer.cli import bench, chat, compare, compress, doctor, generate, inspect, methods, models, perplexity
 from fewer.cli.verb import Verb, Verbs
 
 app = typer.Typer(
@@ -38,6 +38,9 @@ def fewer_options(
 for _verb in (
     generate.generate,
     chat.chat,
+    compare.compare,
+    bench.bench,
+    perplexity.perplexity,
     compress.compress,
     methods.methods,
     inspect.inspect,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewer.engine.session import Session
 from fewer.errors import UsageError
 from fewer.language_model import LanguageModel
 from fewer.model.step import Step
@@ -80,8 +81,8 @@ def perplexity(
     for part in parts:
         row = [*prefix, *tokens[part.begin : part.end]]
         first = part.scored - part.begin + len(prefix)  # the first scored token's place in `row`
-        for place, values, kv_bytes in score(model, row):
-            done = place + len(values)
+        for place, values, allocated in score(model, row):
+            done, kv_bytes = place + len(values), max(kv_bytes, allocated)
             nll += float(values[max(0, first - place) :].double().sum())
             if on_progress is not None:
                 on_progress(min(fed + done, total), total)
@@ -97,19 +98,24 @@ Scores = Iterator[tuple[int, Tensor, int]]  # place of the first token, negative
 @torch.inference_mode()
 def _by_prefill(model: LanguageModel, row: list[int]) -> Scores:
     session = model.session(1, len(row))
+    for begin, logits in prefill_logits(model, session, row[:-1]):
+        yield begin + 1, surprise(logits, row[begin + 1 : begin + 1 + len(logits)]), session.cache.nbytes
+
+
+def prefill_logits(model: LanguageModel, session: Session, tokens: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Feed `tokens` to an empty session in chunks: the place of each chunk's first token, logits [n, V] float32."""
     chunk = min(max(1, LOGITS_AT_ONCE // model.config.vocab_size), model.runner.chunk)
     chunk = min(chunk, session.cache.max_step or chunk)
-    fed = row[:-1]
     device = model.transformer.device
-    session.cache.reserve(len(fed))
-    for begin in range(0, len(fed), chunk):
-        tokens = torch.tensor([fed[begin : begin + chunk]], device=device)
-        size = tokens.shape[1]
+    session.cache.reserve(len(tokens))
+    for begin in range(0, len(tokens), chunk):
+        part = torch.tensor([tokens[begin : begin + chunk]], device=device)
+        size = part.shape[1]
         positions = torch.arange(begin, begin + size, device=device)[None]
-        logits = model.runner.step(Step(tokens, positions, logits="all"), session.cache).logits
+        logits = model.runner.step(Step(part, positions, logits="all"), session.cache).logits
         session.cache.commit([size])
         assert logits is not None
-        yield begin + 1, surprise(logits[0], row[begin + 1 : begin + 1 + size]), session.cache.nbytes
+        yield begin, logits[0]
 
 
 @torch.inference_mode()
@@ -124,7 +130,7 @@ def _by_decoding(model: LanguageModel, row: list[int]) -> Scores:
 
 def surprise(logits: Tensor, tokens: list[int]) -> Tensor:
     """Negative log-likelihood of each token: logits [n, V] float32, n tokens -> [n] on the CPU."""
-    wanted = torch.tensor(tokens, device=logits.device)[:, None]
+    wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     return (logits.logsumexp(-1) - logits.gather(-1, wanted)[:, 0]).cpu()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fewer.decoding.generate import generate
 from fewer.decoding.sampling import SamplingConfig
 from fewer.evaluation.memory import kv_bytes_read, weight_bytes_read
 from fewer.language_model import LanguageModel
@@ -38,13 +39,15 @@ class Run:
     bytes_a_pass: int  # weights and keys and values, at the run's middle
 
 
-def run(model: LanguageModel, prompt: Sequence[int], max_tokens: int) -> Run:
-    """Answer one tokenised prompt, until a stop token or `max_tokens`."""
+def run(model: LanguageModel, prompt: Sequence[int], max_tokens: int, stop: bool = True) -> Run:
+    """Answer one tokenised prompt, until `max_tokens` or, with `stop`, a token that ends the answer."""
     session = model.session(1, len(prompt) + max_tokens + 1)
+    stops = model.tokenizer.eos_tokens if stop else frozenset()
+    strategy = model.strategy  # before the clock starts: a draft model is loaded on first use
     tokens: list[int] = []
     keys_at_start = 0
     start = first = time.perf_counter()
-    for event in model.events([prompt], max_tokens, SamplingConfig(), session=session):
+    for event in generate(session, [prompt], SamplingConfig(), strategy, max_tokens, stops):
         if not tokens:
             first, keys_at_start = time.perf_counter(), session.cache.physical_lengths[0]
         tokens += event.tokens
