@@ -264,6 +264,7 @@ def _rope_scaling(config: ModelConfig, file: GGUFFile, keys: _Keys, rotary_dim: 
         )
     if kind == "yarn":
         beta_fast, beta_slow = (keys.number(f"rope.scaling.yarn_beta_{end}", value) for end, value in _BETAS)
+        attention = keys.number("rope.scaling.yarn_attn_factor", 0.0) or attention
         return RopeScaling("yarn", factor, original, 1.0, 4.0, beta_fast, beta_slow, attention)
     return RopeScaling("linear", factor) if kind == "linear" and factor != 1.0 else None
 

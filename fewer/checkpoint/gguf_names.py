@@ -135,8 +135,16 @@ class _Sources:
         assert experts is not None
         hidden, inner = config.hidden_size, experts.intermediate_size
         self._add(f"{here}.router.weight", f"{block}.ffn_gate_inp.weight", (experts.count, hidden))
+        fused = f"{block}.ffn_gate_up_exps.weight" in self.file.tensors
+        if fused:
+            self._check(f"{block}.ffn_gate_up_exps.weight", (experts.count, 2 * inner, hidden))
         for part, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
             names = [f"{here}.experts.{expert}.{part}.weight" for expert in range(experts.count)]
+            if fused and part != "down":  # of each expert, the rows of its gate and then those of its up
+                for expert, name in enumerate(names):
+                    first = (2 * expert + (part == "up")) * inner
+                    self.found[name] = Source(f"{block}.ffn_gate_up_exps.weight", (rows, columns), first)
+                continue
             if f"{block}.ffn_{part}.0.weight" in self.file.tensors:  # Mixtral files of early 2024
                 for expert, name in enumerate(names):
                     self._add(name, f"{block}.ffn_{part}.{expert}.weight", (rows, columns))

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import numpy
@@ -39,10 +39,14 @@ ARCHITECTURES = {
 PAIRED = ("llama", "mistral", "mixtral", "smollm3")  # the converter interleaves rotary rows of these
 
 
-def write_gguf(model: Any, folder: Path, path: Path, kind: str = "F32") -> None:
+Experts = Literal["stacked", "fused", "separate"]
+
+
+def write_gguf(model: Any, folder: Path, path: Path, kind: str = "F32", experts: Experts = "stacked") -> None:
     """Save `model` to `folder` as transformers does, and convert that to `path`.
 
-    `kind` is a storage type that the gguf package can quantise to; only matrices take it.
+    `kind` is a storage type that the gguf package can quantise to; only matrices take it. Experts lie as the converter
+    stacks them, with gate and up in one tensor (its option), or one by one (as in files of early 2024).
     """
     model.save_pretrained(folder)
     config, tensors = model.config, load_file(folder / "model.safetensors")
@@ -50,10 +54,13 @@ def write_gguf(model: Any, folder: Path, path: Path, kind: str = "F32") -> None:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _add_metadata(writer, config)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    converted: dict[str, Tensor] = {}
     for name, tensor in _stacked(tensors).items():
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
-        _add_tensor(writer, target, _converted(config, name, tensor), kind)
+        converted[target] = _converted(config, name, tensor)
+    for target, tensor in _placed(converted, experts).items():
+        _add_tensor(writer, target, tensor, kind)
     for target, values in _rope_tensors(config).items():
         _add_tensor(writer, target, torch.tensor(values), "F32")
     writer.write_header_to_file()
@@ -85,6 +92,22 @@ def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, members in experts.items():
         stacked[name] = torch.stack([members[number] for number in range(len(members))])
     return stacked
+
+
+def _placed(tensors: dict[str, Tensor], experts: Experts) -> dict[str, Tensor]:
+    """The experts where `experts` says; everything else as it is."""
+    placed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "_exps." not in name or experts == "stacked":
+            placed[name] = tensor
+        elif experts == "separate":
+            placed |= {name.replace("_exps.", f".{number}."): one for number, one in enumerate(tensor)}
+        elif "ffn_gate_exps" in name:
+            both = torch.cat((tensor, tensors[name.replace("gate", "up")]), dim=1)  # [E, 2N, K]
+            placed[name.replace("gate", "gate_up")] = both
+        elif "ffn_up_exps" not in name:
+            placed[name] = tensor
+    return placed
 
 
 def _converted(config: Any, name: str, tensor: Tensor) -> Tensor:
