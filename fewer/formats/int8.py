@@ -19,6 +19,7 @@ from fewer.formats.base import WeightFormat
 from fewer.kernels import nibbles
 
 ALIGNMENT = 64  # bytes; PyTorch's own allocations have it
+VECTOR = 16  # codes that PyTorch's int8 product reads at once: rows of other widths it reads beyond their end
 
 
 class Int8Format(WeightFormat):
@@ -78,7 +79,8 @@ class Int8Format(WeightFormat):
         flat = x.reshape(-1, columns).to(torch.bfloat16)
         if self.halves:
             out = nibbles.matmul_cpu(torch.cat((flat, flat), dim=1), self.codes, 32, self.scale, rows)
-        elif flat.shape[0] >= nibbles.DENSE_FROM:  # codes are exact in bfloat16, and the dense product is faster
+        elif flat.shape[0] >= nibbles.DENSE_FROM or columns % VECTOR:
+            # Codes are exact in bfloat16. The dense product is faster for many rows, and takes any width.
             out = torch.nn.functional.linear(flat, self.codes.to(torch.bfloat16)) * self.scale.view(-1)
         else:
             out = torch._weight_int8pack_mm(flat, self.codes, self.scale.view(-1))

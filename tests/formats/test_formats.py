@@ -15,7 +15,7 @@ from fewer.formats import FORMATS, DenseFormat, Int4Format, Int8Format, WeightFo
 
 CPU = torch.device("cpu")
 KINDS = ["float32", "bfloat16", "int8", "int8 groups", "int4-32", "int4-64", "int4-128"]
-claim = settings(max_examples=30, deadline=None)
+claim = settings(max_examples=60, deadline=None)
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def test_bits_per_weight_count_scales(kind: str, bits: float) -> None:
 
 
 @claim
-@given(
-    st.sampled_from([32, 64, 128]), st.integers(1, 3), st.floats(1e-4, 1e3), st.floats(-2, 2), st.integers(0, 10**6)
-)
+@given(st.sampled_from([32, 64, 128]), st.integers(1, 3), st.floats(1e-4, 1e3), st.floats(-2, 2), st.integers(0, 10**6))
 def test_int4_errors_stay_within_half_a_step(
     group_size: int, groups: int, spread: float, offset: float, seed: int
 ) -> None:
