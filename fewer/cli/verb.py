@@ -22,23 +22,28 @@ class Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            code, sentence = INTERRUPTED, "interrupted"
-        except FewerError as fault:
-            code, sentence = fault.exit_code, " ".join(str(fault).split())
-        except MemoryError as fault:
-            code, sentence = (
-                1,
-                f"not enough memory ({fault}): try a smaller model, weights=int4, or a shorter --context",
-            )
-        except RuntimeError as fault:
-            if type(fault).__name__ != "OutOfMemoryError":  # torch's, which must not be imported for this
+        except (KeyboardInterrupt, FewerError, MemoryError, RuntimeError) as fault:
+            ending = _ending(fault)
+            if ending is None:
                 raise
-            code, sentence = 1, "not enough GPU memory: try weights=int4, a shorter --context, or --device cpu"
-        if ctx.params.get("debug"):
-            traceback.print_exc()
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            code, sentence = ending
         _say(sentence)
         raise typer.Exit(code)
+
+
+def _ending(fault: BaseException) -> tuple[int, str] | None:
+    """Exit code and sentence; None for what is a defect of ours."""
+    if isinstance(fault, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(fault, FewerError):
+        return fault.exit_code, " ".join(str(fault).split())
+    if isinstance(fault, MemoryError):
+        return 1, f"not enough memory ({fault}): try a smaller model, weights=int4, or a shorter --context"
+    if type(fault).__name__ == "OutOfMemoryError":  # torch's, which must not be imported for this
+        return 1, "not enough GPU memory: try weights=int4, a shorter --context, or --device cpu"
+    return None
 
 
 class Verbs(TyperGroup):
