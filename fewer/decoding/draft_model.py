@@ -126,6 +126,8 @@ class ChainDrafter:
         if count < 1:
             return tree.root(context[-1])
         missing = context[self.agreed :]
+        if max(missing) >= self.session.config.vocab_size:  # one of the target's unused rows, which the draft lacks
+            return tree.root(context[-1])
         logits = self.session.decode(missing) if len(missing) == 1 else self.session.prefill([missing])
         self.agreed, self.fed = len(context), []
         guesses: list[int] = []

@@ -81,8 +81,9 @@ def generate(
 ) -> Iterator[TokenEvent]:
     """Feed each row's prompt, then emit tokens until every row has met a stop token, `max_tokens` or the context's end.
 
-    `history` is what the session already holds for each row, for drafters and the repetition penalty. `counts` is filled
-    while the loop runs. Raises UsageError for an empty prompt, max_tokens below 1, or a cache that cannot roll back.
+    `history` is what the session already holds for each row, for drafters and the repetition penalty. `counts` is
+    filled while the loop runs. Raises UsageError for an empty prompt, max_tokens below 1, or a cache that cannot roll
+    back.
     """
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1 token")

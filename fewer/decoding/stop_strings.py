@@ -1,4 +1,4 @@
-"""Stop strings: end a text before the first of them, and never show the beginning of one that may still come."""
+"""Stop strings: end a text before the first that comes whole, and never show the beginning of one that may still come."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class StopStrings:
         if self.found is not None:
             return ""
         text = self.held + piece
-        places = [(place, -len(stop), stop) for stop in self.stops if (place := text.find(stop)) >= 0]
+        # The one that is whole first counts, so that the end does not depend on how the text is cut into pieces.
+        places = [(place + len(stop), place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if places:
-            place, _, self.found = min(places)
+            _, place, self.found = min(places)
             self.held = ""
             return text[:place]
         keep = self._beginning(text)

@@ -69,7 +69,8 @@ def merge_duplicates(tree: DraftTree) -> DraftTree:
 def cut(tree: DraftTree, limit: int) -> DraftTree:
     """The first `limit` nodes below the root. Parents come before children, so what stays is a tree.
 
-    Leaving out the last siblings of an i.i.d. or without-replacement draft keeps the rule exact: it takes them in order.
+    Leaving out the last siblings of an i.i.d. or without-replacement draft keeps the rule exact: they are taken in
+    order.
     """
     if len(tree.tokens) <= limit + 1:
         return tree

@@ -109,7 +109,7 @@ class Verdict:
 
 
 class Verifier:
-    """Runs draft trees through the target. The pass stays tentative: the caller commits the part of the path it keeps."""
+    """Runs draft trees through the target. The pass stays tentative: the caller commits what it keeps of the path."""
 
     def __init__(self, session: Session, logprobs: bool = False):
         self.session = session
