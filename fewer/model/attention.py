@@ -28,12 +28,12 @@ class Attention:
         config = self.config
         batch, width = x.shape[:2]
         projected = self.qkv(x)
-        if config.clip_qkv is not None:
-            projected = projected.clamp(-config.clip_qkv, config.clip_qkv)
         query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
         q, k, v = projected.split((query, key, key), dim=-1)
         if config.qk_norm == "all":
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
+        if config.clip_qkv is not None:
+            q, k, v = (part.clamp(-config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q = q.unflatten(-1, (config.heads, config.head_dim))
         k = k.unflatten(-1, (config.kv_heads, config.head_dim))
         v = v.unflatten(-1, (config.kv_heads, config.head_dim))

@@ -20,6 +20,7 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin
     short_factor: tuple[float, ...] = ()  # longrope, one a frequency; GGUF rope_freqs.weight is stored here too
     long_factor: tuple[float, ...] = ()  # longrope
+    truncate: bool = True  # yarn: the ramp between both kinds of frequencies starts and ends at whole dimensions
 
 
 @dataclass(frozen=True)

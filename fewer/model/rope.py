@@ -86,8 +86,16 @@ def _frequencies(dim: int, theta: float, context: int, scaling: RopeScaling | No
         return _yarn(base, dim, theta, scaling)
     if scaling.kind == "longrope":
         return _longrope(base, context, scaling)
-    stretched = theta * scaling.factor ** (dim / (dim - 2))  # dynamic NTK at its full length
-    return stretched ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    return _dynamic(base, dim, theta, context, scaling), 1.0
+
+
+def _dynamic(base: Tensor, dim: int, theta: float, context: int, scaling: RopeScaling) -> Tensor:
+    """NTK-aware scaling for the whole context at once: unchanged up to the original length, stretched beyond it."""
+    if context <= scaling.original_context or dim == 2:
+        return base
+    growth = scaling.factor * context / scaling.original_context - (scaling.factor - 1)
+    stretched: float = theta * growth ** (dim / (dim - 2))
+    return stretched ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
 def _llama3(base: Tensor, scaling: RopeScaling) -> Tensor:
@@ -105,8 +113,10 @@ def _yarn(base: Tensor, dim: int, theta: float, scaling: RopeScaling) -> tuple[T
     def dimension(rotations: float) -> float:
         return dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
     magnitude = scaling.attention_factor
     if magnitude is None:
