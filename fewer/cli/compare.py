@@ -173,7 +173,8 @@ def choose_recipes(
     if not changes:
         return parse_recipes(texts or list(DEFAULT_RECIPES))
     bases = parse_recipes(texts) or [Recipe()]
-    varied = [Recipe.from_mapping(base.to_mapping() | change) for base in bases for change in changes]
+    unnamed = [{key: value for key, value in base.to_mapping().items() if key != "name"} for base in bases]
+    varied = [Recipe.from_mapping(base | change) for base in unnamed for change in changes]
     # One changed recipe needs something to be held against.
     return unique(bases + varied if len(varied) == 1 else varied)
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import fewer
 from fewer.checkpoint import store
 from fewer.cli.output import size
+from fewer.evaluation.bandwidth import read_bandwidth
+from fewer.evaluation.machine import cores, processor
 
 PACKAGES = (
     "torch",
@@ -28,7 +29,6 @@ PACKAGES = (
     "llama-cpp-python",
     "typer",
 )
-READ_BYTES = 256 << 20  # well beyond any cache of a CPU
 LITTLE_MEMORY = 2.0  # GB available below which even small models are tight
 LITTLE_SPACE = 1.0  # GB
 
@@ -43,20 +43,9 @@ def examine(measure_bandwidth: bool = True) -> dict[str, Any]:
     }
     if measure_bandwidth:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        facts["machine"]["bandwidth_gb_per_second"] = read_bandwidth(device)
+        facts["machine"]["bandwidth_gb_per_second"] = read_bandwidth(device) / 1e9
     facts["advice"] = _advice(facts)
     return facts
-
-
-def read_bandwidth(device: torch.device, repeats: int = 5) -> float:
-    """The best of a few sums over a large tensor, in GB/s read."""
-    data = torch.ones(READ_BYTES // 4, device=device)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        data.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return READ_BYTES / best / 1e9
 
 
 def _machine() -> dict[str, Any]:
@@ -64,22 +53,13 @@ def _machine() -> dict[str, Any]:
     total, available = _memory()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": total,
         "memory_available_gb": available,
         "gpus": [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus],
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _memory() -> tuple[float | None, float | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 760
+WIDTH = 600
 CHARACTER = 6.6  # width of a character of a label, at 12 px
 
 
@@ -73,6 +73,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, height: int = 4
     parts.append(_text(right, top - 14, "better: to the right and down ↘", "tick", "end"))
     dots = [(at_x(point.x), at_y(point.y)) for point in points]
     taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in dots]
+    taken += [Box(at_x(point.low), y - 3, at_x(point.high), y + 3) for point, (_, y) in zip(points, dots, strict=True)]
     frame = Box(left + 2, top - 8, right, bottom - 2)
     for point, (x, y) in zip(points, dots, strict=True):
         parts.append('<g class="point">')

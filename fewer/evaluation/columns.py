@@ -102,7 +102,7 @@ COLUMNS = (
         "perplexity",
         "exp of the mean negative log-likelihood",
         lambda c, r: r.quality.perplexity if r.quality else None,
-        lambda value: f"{value:,.3f}",
+        lambda value: f"{value:.3f}" if value < 100 else f"{value:,.0f}",
         "low",
     ),
     Column(

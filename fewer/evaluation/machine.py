@@ -15,8 +15,8 @@ import fewer
 def machine(device: torch.device | None = None) -> dict[str, object]:
     """What a reader needs to judge a figure: processor, cores, threads, GPU, versions, commit."""
     facts: dict[str, object] = {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
@@ -32,7 +32,8 @@ def machine(device: torch.device | None = None) -> dict[str, object]:
     return facts | ({"commit": commit} if commit else {})
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -40,6 +41,11 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cores() -> int | None:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _commit() -> str | None:
