@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -60,8 +61,8 @@ def write_folder(
         if folder.exists():
             folder.rmdir()  # empty, checked above
         temporary.rename(folder)
-    except OSError as fault:
-        raise FewerError(f"cannot write {folder}: {fault.strerror or fault}") from None
+    except (OSError, SafetensorError) as fault:  # the library wraps what the system says of a full disk
+        raise FewerError(f"cannot write {folder}: {getattr(fault, 'strerror', None) or fault}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sum(path.stat().st_size for path in folder.iterdir())

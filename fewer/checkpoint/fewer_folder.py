@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fewer.checkpoint.canonical_shapes import canonical_shapes
 from fewer.checkpoint.checkpoint import Checkpoint, StoredTensor, fingerprint_of
 from fewer.checkpoint.safetensors_header import check_safetensors
 from fewer.checkpoint.tokenizer import Tokenizer
@@ -40,12 +41,31 @@ class FewerTensor(StoredTensor):
         return sum(field.nbytes for field in self.fields.values())
 
     def format(self) -> WeightFormat | None:
+        """Raises CheckpointError where the fields do not make a matrix of this format and shape."""
         kind = FORMATS.get(self.kind)
-        return None if kind is None else kind.from_state_dict(self.fields, torch.device("cpu"))
+        if kind is None:
+            return None
+        try:
+            made = kind.from_state_dict(self.fields, torch.device("cpu"))
+        except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as fault:
+            raise CheckpointError(
+                f"'{self.name}' is damaged as {self.kind} ({fault}): compress the model again"
+            ) from None
+        if made.shape != self.shape:
+            raise CheckpointError(
+                f"'{self.name}' is stored as {list(made.shape)}, but described as {list(self.shape)}: compress the model "
+                "again"
+            )
+        return made
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         stored = self.format()
-        return self.fields[""].to(dtype) if stored is None else stored.dequantize(dtype)
+        if stored is not None:
+            return stored.dequantize(dtype)
+        vector = self.fields.get("")
+        if vector is None or tuple(vector.shape) != self.shape:
+            raise CheckpointError(f"'{self.name}' is not stored as {list(self.shape)}: compress the model again")
+        return vector.to(dtype)
 
 
 class FewerCheckpoint(Checkpoint):
@@ -81,6 +101,17 @@ class FewerCheckpoint(Checkpoint):
                 )
         self._fields = present
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """The config's tensors are there, in the config's shapes."""
+        for name, shape in canonical_shapes(self.config).items():
+            stored = self._shapes.get(name) if name in self.formats else None
+            if stored != shape:
+                found = "is missing" if stored is None else f"has the shape {list(stored)}"
+                raise CheckpointError(
+                    f"{self.path}: '{name}' {found}, but its config needs {list(shape)}: compress the model again"
+                )
 
     def names(self) -> list[str]:
         return list(self.formats)

@@ -124,12 +124,17 @@ Device = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option(callback=_positive, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. [default: the model's]"),
+    typer.Option(
+        callback=_positive, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. [default: the model's]"
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(callback=_positive, rich_help_panel=RUN, metavar="N", help="CPU threads. [default: all cores]")
+    int | None,
+    typer.Option(callback=_positive, rich_help_panel=RUN, metavar="N", help="CPU threads. [default: all cores]"),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", callback=_positive, metavar="N", help="At most this many new tokens.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-n", callback=_positive, metavar="N", help="At most this many new tokens.")
+]
 Temperature = Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="0 is greedy; 1 is the model's own law.")]
 TopK = Annotated[int, typer.Option(rich_help_panel=SAMPLING, help="Keep the K most probable tokens; 0 keeps all.")]
 TopP = Annotated[float, typer.Option(rich_help_panel=SAMPLING, help="Keep the fewest tokens that sum to this.")]
