@@ -106,16 +106,16 @@ def merge_parts(
     for start in tl.range(0, active, CHUNK):
         index = start + tl.arange(0, CHUNK)
         some = (index[:, None] < active) & (head[None, :] < GROUP)
-        at = first_part + index[:, None] * GROUP + head[None, :]
-        weight = tl.load(part_lse + at, mask=some, other=float("-inf"), cache_modifier=".cg")
+        place = first_part + index[:, None] * GROUP + head[None, :]
+        weight = tl.load(part_lse + place, mask=some, other=float("-inf"), cache_modifier=".cg")
         weight = tl.exp2(weight - top[None, :])  # [CHUNK, GROUP_P]
         whole = some[:, :, None] & (channel < HEAD_DIM)[None, None, :]
-        part = tl.load(part_out + at[:, :, None] * DIM + channel, mask=whole, other=0.0, cache_modifier=".cg")
+        part = tl.load(part_out + place[:, :, None] * DIM + channel, mask=whole, other=0.0, cache_modifier=".cg")
         result += tl.sum(part * weight[:, :, None], 0)
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-    place = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=stored)
+    final = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(final, result.to(out.dtype.element_ty), mask=stored)
     if LSE:
         tl.store(lse + first_head + head, (top + tl.log2(total)) / LOG2_E, mask=head < GROUP)
 

@@ -80,7 +80,7 @@ def gemv_dense(
     held = tl.minimum(row, N - 1).to(tl.int64)  # rows beyond N read the last one and are not stored
     column = tl.arange(0, BLOCK_K)
     base = weight + held[:, None] * K
-    second = base + N.to(tl.int64) * K
+    second = weight + (held + N)[:, None] * K
     tile = chunk(base, column, K)
     tile_up = tile
     if ACTIVATION != "none":
