@@ -175,6 +175,8 @@ def _draft(session: Session, row: _Row, length: int) -> DraftTree:
         return trees.root(root)
     draft = trees.cut(trees.merge_duplicates(row.drafter.propose(row.context, limit)), limit)
     trees.check(draft, session.config.vocab_size)
+    if draft.tokens[0] != root:
+        raise ValueError(f"a draft tree starts at token {draft.tokens[0]}, but the text ends with token {root}")
     return draft
 
 

@@ -1,4 +1,4 @@
-"""Stop strings: end a text before the first that comes whole, and never show the beginning of one that may still come."""
+"""Stop strings: end a text before the first that comes whole; show nothing that may be the beginning of one."""
 
 from __future__ import annotations
 

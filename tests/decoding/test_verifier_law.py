@@ -22,7 +22,7 @@ from fewer.decoding.sampling import Sampler, SamplingConfig, warp
 from fewer.decoding.verifier import accept, acceptance, residual, without
 from fewer.slots import DraftTree, Origin
 
-VOCAB, DRAWS, ROOT = 6, 8000, 2
+VOCAB, DRAWS, ROOT = 6, 6000, 2
 PLAIN = SamplingConfig(temperature=1.0, seed=3)
 Counts = dict[tuple[int, ...], float]
 
