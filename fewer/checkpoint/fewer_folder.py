@@ -53,8 +53,8 @@ class FewerTensor(StoredTensor):
             ) from None
         if made.shape != self.shape:
             raise CheckpointError(
-                f"'{self.name}' is stored as {list(made.shape)}, but described as {list(self.shape)}: compress the model "
-                "again"
+                f"'{self.name}' is stored as {list(made.shape)}, but described as {list(self.shape)}: compress the "
+                "model again"
             )
         return made
 
