@@ -81,7 +81,7 @@ def gemv_int4(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = row < N
     held = tl.minimum(row, N - 1).to(tl.int64)
-    opaque = eps.to(tl.uint32, bitcast=True) >> 31  # its sign: 0
+    opaque = tl.cast(eps, tl.float32).to(tl.uint32, bitcast=True) >> 31  # its sign: 0
     word = tl.arange(0, WORDS)
     first = (word // 4) * 32 + (word % 4) * 4  # column of byte 0's low nibble
     base = weight + held[:, None] * (K // 8)
