@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 600
-CHARACTER = 6.6  # width of a character of a label, at 12 px
+CHARACTER = 6.8  # width of a character of a label, at 12 px
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, height: int = 4
         kind = "dot baseline" if point.baseline else "dot"
         parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/></g>')
     for point, (x, y) in zip(points, dots, strict=True):
-        label = shorten(point.label, 44)
+        label = shorten(point.label, 60)
         box = place_label(x, y, len(label) * CHARACTER, taken, frame)
         taken.append(box)
         if not _touches(box, x, y):

@@ -35,6 +35,32 @@ class Column:
         return f"{self.text(value.low)}–{self.text(value.high)}"
 
 
+def is_best(column: Column, comparison: Comparison, row: Row) -> bool:
+    """Whether no row is clearly better in this column: spreads that overlap, or equal words, are a tie.
+
+    Where all rows tie nobody is best.
+    """
+    ends = {id(each): _ends(column, comparison, each) for each in comparison.rows if each.measured}
+    known = {key: value for key, value in ends.items() if value is not None}
+    if column.better is None or id(row) not in known:
+        return False
+    sign = 1 if column.better == "high" else -1
+    top = max(known.values(), key=lambda each: sign * each.median)
+
+    def ties(spread: Spread) -> bool:
+        overlap = spread.low <= top.high and top.low <= spread.high
+        return overlap or column.text(spread.median) == column.text(top.median)
+
+    return ties(known[id(row)]) and not all(map(ties, known.values()))
+
+
+def _ends(column: Column, comparison: Comparison, row: Row) -> Spread | None:
+    value, median = column.value(comparison, row), column.median(comparison, row)
+    if median is None:
+        return None
+    return value if isinstance(value, Spread) else Spread(median, median, median)
+
+
 def megabytes(value: float) -> str:
     return f"{value / 1e6:,.1f}" if value < 1e9 else f"{value / 1e6:,.0f}"
 
@@ -44,10 +70,10 @@ def rate(value: float) -> str:
 
 
 def small(value: float) -> str:
-    """A figure that may be zero, tiny or large."""
+    """A figure that may be zero or tiny."""
     if value == 0:
         return "0"
-    return f"{value:.4f}" if value >= 0.0001 else f"{value:.0e}"
+    return f"{value:.4f}" if value >= 0.00005 else "<0.0001"
 
 
 def percent(value: float) -> str:

@@ -13,7 +13,7 @@ from string import Template
 
 from fewer.errors import FewerError, UsageError
 from fewer.evaluation.charts import Bar, Point, scatter, stacked_bars
-from fewer.evaluation.columns import COLUMNS, Column, headline, megabytes, notes, percent, rate, small
+from fewer.evaluation.columns import COLUMNS, Column, headline, is_best, megabytes, notes, percent, rate, small
 from fewer.evaluation.comparison import Comparison, Row
 
 
@@ -98,20 +98,10 @@ def _cell(comparison: Comparison, row: Row, column: Column) -> str:
     value = column.median(comparison, row)
     if value is None:
         return '<td class="figure none">–</td>'
-    best = " best" if _is_best(comparison, row, column) else ""
+    best = " best" if is_best(column, comparison, row) else ""
     spread = column.spread(comparison, row)
     below = f"<small>{escape(spread)}</small>" if spread else ""
     return f'<td class="figure{best}" data-value="{value!r}">{escape(column.text(value))}{below}</td>'
-
-
-def _is_best(comparison: Comparison, row: Row, column: Column) -> bool:
-    """The best of the column as it is written, where it differs between rows."""
-    values = [column.median(comparison, each) for each in comparison.rows if each.measured]
-    known = [value for value in values if value is not None]
-    mine = column.median(comparison, row)
-    if column.better is None or mine is None or len({column.text(value) for value in known}) < 2:
-        return False
-    return column.text(mine) == column.text(max(known) if column.better == "high" else min(known))
 
 
 def _quality_plot(comparison: Comparison) -> str:

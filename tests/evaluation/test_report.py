@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fewer.errors import FewerError, UsageError
 from fewer.evaluation.charts import CHARACTER, Box, Point, linear_ticks, log_ticks, place_label, scatter
-from fewer.evaluation.columns import headline, notes
+from fewer.evaluation.columns import COLUMNS, headline, is_best, notes
 from fewer.evaluation.comparison import Comparison, Quality, Round, Row, Settings
 from fewer.evaluation.report import check_writable, html_page, to_json, write_atomically, write_html
 from fewer.recipe import Recipe
@@ -100,6 +100,26 @@ def test_the_page_has_the_table_both_plots_and_both_schemes() -> None:
     assert "200" in page.words and "180–240" in page.words  # decoding: median, and lowest to highest
     assert "269.0" in page.words
     assert any("not enough memory" in words for words in page.words)
+
+
+def test_only_what_is_clearly_better_is_marked_best() -> None:
+    found = comparison()
+    column = {each.title: each for each in COLUMNS}
+    dense, int4, failed = found.rows
+
+    def best(title: str) -> list[bool]:
+        return [is_best(column[title], found, each) for each in (dense, int4, failed)]
+
+    assert best("decode tok/s") == [False, True, False]
+    assert best("weights MB") == [False, True, False]
+    assert best("KL") == [True, False, False]
+    assert best("prefill tok/s") == [False, False, False]  # all the same
+    assert best("of bandwidth") == [False, False, False]  # neither end is better
+    dense.rounds = [
+        replace(dense.rounds[0], decode_rate=rate) for rate in (60.0, 70.0, 190.0)
+    ]  # reaches int4's slowest
+    found.rows.append(row(Recipe(weights="int8"), 20.0, 0.01, 135_000_000))
+    assert best("decode tok/s") == [True, True, False]
 
 
 def test_a_page_without_any_measured_row_still_is_one() -> None:
