@@ -130,8 +130,9 @@ class LanguageModel:
         session: Session | None = None,
     ) -> Iterator[TokenEvent]:
         """Tokens as they come, for a batch of tokenised prompts."""
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1 token")
+        _check_max_tokens(max_tokens)
+        if not prompts:
+            raise UsageError("there is no prompt: give at least one")
         longest = max(len(prompt) for prompt in prompts)
         if session is None:
             session = self.session(len(prompts), longest + max_tokens + 1)
@@ -156,6 +157,7 @@ class LanguageModel:
         logprobs: bool = False,
     ) -> Iterator[str]:
         """Text as it comes, never splitting a character; `result` is filled with the figures."""
+        _check_max_tokens(max_tokens)
         result = result if result is not None else Generation()
         tokens = self.encode(prompt, raw)
         session = self.session(1, len(tokens) + max_tokens + 1)
@@ -163,27 +165,32 @@ class LanguageModel:
         text, stops = self.tokenizer.stream(), StopStrings(stop)
         result.logprobs = [] if logprobs else None
         start = first = time.perf_counter()
-        for event in self.events([tokens], max_tokens, sampling, logprobs, session):
-            if not result.tokens:
-                first = time.perf_counter()
-            result.tokens += event.tokens
-            result.finish_reason = event.finished or result.finish_reason
-            if result.logprobs is not None:
-                result.logprobs += event.logprobs or []
-            piece = "".join(text.feed(token) for token in event.tokens)
-            shown = stops.feed(piece)
-            result.text += shown
-            if shown:
-                yield shown
-            if stops.found:
-                result.finish_reason = "stop"
-                break
-        rest = stops.finish(text.finish()) if not stops.found else ""
-        result.text += rest
-        result.prefill_seconds, result.decode_seconds = first - start, time.perf_counter() - first
-        result.kv_bytes, result.target_passes = session.cache.nbytes, session.passes
-        if rest:
-            yield rest
+        try:
+            for event in self.events([tokens], max_tokens, sampling, logprobs, session):
+                if not result.tokens:
+                    first = time.perf_counter()
+                shown, taken = "", 0
+                for token in event.tokens:
+                    shown += stops.feed(text.feed(token))
+                    taken += 1
+                    if stops.found:  # what a draft brought behind it is not part of the answer
+                        break
+                result.tokens += event.tokens[:taken]
+                if result.logprobs is not None and event.logprobs is not None:
+                    result.logprobs += event.logprobs[:taken]
+                result.text += shown
+                result.finish_reason = "stop" if stops.found else event.finished or result.finish_reason
+                if shown:
+                    yield shown
+                if stops.found:
+                    return
+            rest = stops.finish(text.finish())
+            result.text += rest
+            if rest:
+                yield rest
+        finally:  # also where the reader leaves early
+            result.prefill_seconds, result.decode_seconds = first - start, time.perf_counter() - first
+            result.kv_bytes, result.target_passes = session.cache.nbytes, session.passes
 
     def generate(
         self,
@@ -207,19 +214,25 @@ class LanguageModel:
         max_tokens: int = 256,
         sampling: SamplingConfig = GREEDY,
     ) -> list[Generation]:
-        """Several prompts in one batch; each answer equals the one that the prompt would get alone."""
+        """Several prompts in one batch; each answer equals the one that the prompt would get alone (row r is sampled
+        with seed + r)."""
+        _check_max_tokens(max_tokens)
+        if not prompts:
+            return []
         encoded = [self.encode(prompt, raw) for prompt in prompts]
         session = self.session(len(encoded), max(map(len, encoded)) + max_tokens + 1)
         results = [Generation(prompt_tokens=len(tokens)) for tokens in encoded]
         start = first = time.perf_counter()
         for event in self.events(encoded, max_tokens, sampling, session=session):
             first = first if any(result.tokens for result in results) else time.perf_counter()
-            results[event.row].tokens += event.tokens
-            results[event.row].finish_reason = event.finished or results[event.row].finish_reason
+            result = results[event.row]
+            result.target_passes += bool(result.tokens)  # the first token is the prefill's
+            result.tokens += event.tokens
+            result.finish_reason = event.finished or result.finish_reason
         for result in results:
             result.text = self.tokenizer.decode(result.tokens)
             result.prefill_seconds, result.decode_seconds = first - start, time.perf_counter() - first
-            result.kv_bytes, result.target_passes = session.cache.nbytes, session.passes
+            result.kv_bytes = session.cache.nbytes
         return results
 
     def with_recipe(self, recipe: Recipe) -> LanguageModel:
@@ -229,6 +242,11 @@ class LanguageModel:
         other = LanguageModel(self.checkpoint, self.transformer, recipe, self.context_length)
         other.runner, other._tokenizer, other.load_seconds = self.runner, self._tokenizer, self.load_seconds
         return other
+
+
+def _check_max_tokens(max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1 token")
 
 
 def load(
