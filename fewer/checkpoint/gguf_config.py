@@ -7,18 +7,18 @@ that llama.cpp gives it (llama-model.cpp, load_hparams), since converters rely o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from fewer.checkpoint.gguf_keys import MAX_LAYERS, Keys
 from fewer.checkpoint.gguf_reader import GGUFFile
 from fewer.errors import CheckpointError
 from fewer.model.config import ExpertsConfig, ModelConfig, RopeScaling
 
-MAX_EXPERTS = 4096
+MAX_EXPERTS = 4096  # of a layer
+MAX_EXPERTS_IN_ALL = 1 << 17  # of a model: each costs a few hundred bytes before anything is read
 
 
 @dataclass(frozen=True)
@@ -58,48 +58,8 @@ FILE_TYPES = {
 }  # fmt: skip
 
 
-class _Keys:
-    """Typed access to one architecture's keys, so that a value of the wrong kind is named."""
-
-    def __init__(self, metadata: Mapping[str, object], path: Path, architecture: str):
-        self.metadata, self.path, self.architecture = metadata, path, architecture
-
-    def _fail(self, key: str, value: object, wanted: str) -> CheckpointError:
-        state = "is missing" if value is None else f"is {str(value)[:60]!r}"
-        return CheckpointError(f"'{self.path}': the metadata key '{key}' {state}, and {wanted} is needed")
-
-    def get(self, key: str) -> object:
-        return self.metadata.get(f"{self.architecture}.{key}")
-
-    def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
-        name, value = f"{self.architecture}.{key}", self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-            raise self._fail(name, value, f"a number of at least {least:g}")
-        return float(value)
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        name, value = f"{self.architecture}.{key}", self.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]  # one for each layer, all alike
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
-            raise self._fail(name, value, f"a whole number from {least} to {(1 << 31) - 1}")
-        return value
-
-    def token(self, key: str) -> int | None:
-        value = self.metadata.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key)
-        return value if isinstance(value, bool) else default
-
-
 def architecture_of(file: GGUFFile) -> str:
-    architecture = file.metadata.get("general.architecture")
+    architecture = file.metadata.scalar("general.architecture")
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         name = f"architecture {str(architecture)[:60]!r}" if architecture is not None else "no architecture"
         raise CheckpointError(
@@ -111,20 +71,23 @@ def architecture_of(file: GGUFFile) -> str:
 def read_config(file: GGUFFile) -> ModelConfig:
     """The model that the metadata describes. Shapes are held against the tensors afterwards (`gguf_names`)."""
     architecture = architecture_of(file)
-    family, keys = FAMILIES[architecture], _Keys(file.metadata, file.path, architecture)
+    family, keys = FAMILIES[architecture], Keys(file.metadata, file.path, architecture)
     layers = keys.count("block_count")
-    if layers > len(file.tensors):
+    if layers > min(len(file.tensors), MAX_LAYERS):
         raise CheckpointError(
-            f"'{file.path}': the metadata key '{architecture}.block_count' is {layers}, but the file holds only "
-            f"{len(file.tensors)} tensors; it is damaged, download it again"
+            f"'{file.path}': the metadata key '{architecture}.block_count' is {layers}, but the file holds "
+            f"{len(file.tensors)} tensors and a model may have {MAX_LAYERS} layers; it is damaged, download it again"
         )
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    if heads > hidden:
+        raise CheckpointError(f"'{file.path}': {heads} heads are claimed for a hidden size of {hidden}")
     head_dim = keys.count("attention.key_length", hidden // heads)
     if keys.count("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"'{file.path}': keys and values of different sizes are not supported")
+    vocab_size = _vocab_size(file, keys)
     config = ModelConfig(
         architecture=architecture,
-        vocab_size=_vocab_size(file, keys),
+        vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=keys.count("feed_forward_length", 0 if keys.get("expert_count") else None),
         layers=layers,
@@ -141,8 +104,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
         clip_qkv=keys.number("attention.clamp_kqv", 0.0) or None,
         tied_embeddings="output.weight" not in file.tensors,
         experts=_experts(file, keys, family, layers),
-        bos_token=keys.token("tokenizer.ggml.bos_token_id"),
-        eos_tokens=_eos_tokens(keys),
+        bos_token=keys.token("bos", vocab_size),
+        eos_tokens=_eos_tokens(keys, vocab_size),
     )
     if config.heads % config.kv_heads:
         raise CheckpointError(f"'{file.path}': {heads} heads cannot share {config.kv_heads} key-value heads evenly")
@@ -151,7 +114,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     return _with_windows(_with_rope(config, file, keys, family), keys, family)
 
 
-def _vocab_size(file: GGUFFile, keys: _Keys) -> int:
+def _vocab_size(file: GGUFFile, keys: Keys) -> int:
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else None
     size = keys.count("vocab_size", rows)
@@ -163,18 +126,19 @@ def _vocab_size(file: GGUFFile, keys: _Keys) -> int:
     return size
 
 
-def _eos_tokens(keys: _Keys) -> tuple[int, ...]:
-    found = (keys.token(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+def _eos_tokens(keys: Keys, vocab_size: int) -> tuple[int, ...]:
+    found = (keys.token(name, vocab_size) for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
-def _experts(file: GGUFFile, keys: _Keys, family: Family, layers: int) -> ExpertsConfig | None:
+def _experts(file: GGUFFile, keys: Keys, family: Family, layers: int) -> ExpertsConfig | None:
     count = keys.count("expert_count", 0, least=0)
     if count == 0:
         return None
-    if count > MAX_EXPERTS:
+    if count > MAX_EXPERTS or count * layers > MAX_EXPERTS_IN_ALL:
         raise CheckpointError(
-            f"'{file.path}': {count} experts a layer are claimed, at most {MAX_EXPERTS} are supported"
+            f"'{file.path}': {count} experts in each of {layers} layers are claimed, at most {MAX_EXPERTS} in a layer "
+            f"and {MAX_EXPERTS_IN_ALL} in all are supported"
         )
     per_token = keys.count("expert_used_count")
     if per_token > count:
@@ -195,7 +159,7 @@ def _experts(file: GGUFFile, keys: _Keys, family: Family, layers: int) -> Expert
     )
 
 
-def _with_gemma(config: ModelConfig, keys: _Keys, family: Family) -> ModelConfig:
+def _with_gemma(config: ModelConfig, keys: Keys, family: Family) -> ModelConfig:
     largest = config.layers == family.layers_of_27b
     old = keys.architecture == "gemma2"  # the caps of Gemma 2 are on unless the file says otherwise
     return replace(
@@ -208,7 +172,7 @@ def _with_gemma(config: ModelConfig, keys: _Keys, family: Family) -> ModelConfig
     )
 
 
-def _with_windows(config: ModelConfig, keys: _Keys, family: Family) -> ModelConfig:
+def _with_windows(config: ModelConfig, keys: Keys, family: Family) -> ModelConfig:
     window = keys.count("attention.sliding_window", family.default_window or 0, least=0)
     if window == 0:
         return config
@@ -227,32 +191,38 @@ def _with_windows(config: ModelConfig, keys: _Keys, family: Family) -> ModelConf
     return replace(config, sliding_window=window, sliding_layers=sliding, local_rope_theta=local_theta)
 
 
-def _with_rope(config: ModelConfig, file: GGUFFile, keys: _Keys, family: Family) -> ModelConfig:
+def _with_rope(config: ModelConfig, file: GGUFFile, keys: Keys, family: Family) -> ModelConfig:
     rotary_dim = keys.count("rope.dimension_count", config.head_dim, least=0) or config.head_dim
     if rotary_dim > config.head_dim or rotary_dim % 2:
         raise CheckpointError(
             f"'{file.path}': the metadata key '{keys.architecture}.rope.dimension_count' is {rotary_dim}, and an even "
             f"number up to the head size {config.head_dim} is needed"
         )
+    theta = keys.number("rope.freq_base", 10000.0)
+    if theta <= 1.0:
+        raise CheckpointError(
+            f"'{file.path}': the metadata key '{keys.architecture}.rope.freq_base' is {theta:g}, and a number above 1 "
+            "is needed"
+        )
     rotates: tuple[bool, ...] = ()
     if family.nope_period:
         rotates = tuple((layer + 1) % family.nope_period != 0 for layer in range(config.layers))
     return replace(
         config,
-        rope_theta=keys.number("rope.freq_base", 10000.0, least=1.0),
+        rope_theta=theta,
         rope_scaling=_rope_scaling(config, file, keys, rotary_dim),
         rotary_dim=0 if rotary_dim == config.head_dim else rotary_dim,
         rope_layers=rotates,
     )
 
 
-def _rope_scaling(config: ModelConfig, file: GGUFFile, keys: _Keys, rotary_dim: int) -> RopeScaling | None:
+def _rope_scaling(config: ModelConfig, file: GGUFFile, keys: Keys, rotary_dim: int) -> RopeScaling | None:
     kind = keys.get("rope.scaling.type") or "linear"
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise CheckpointError(
-            f"'{file.path}': the rope scaling '{str(kind)[:40]}' is unknown: allowed are none, linear, yarn, longrope"
+            f"'{file.path}': the rope scaling {str(kind)[:40]!r} is unknown: allowed are none, linear, yarn, longrope"
         )
-    original = keys.count("rope.scaling.original_context_length", config.context_length)
+    original = keys.count("rope.scaling.original_context_length", config.context_length, least=2)
     attention = keys.number("rope.scaling.attn_factor", 0.0) or None
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0)) or 1.0
     long, short = (_factors(file, f"rope_factors_{name}.weight", rotary_dim) for name in ("long", "short"))
@@ -263,7 +233,8 @@ def _rope_scaling(config: ModelConfig, file: GGUFFile, keys: _Keys, rotary_dim: 
             "longrope", factor, original, attention_factor=1.0, short_factor=factors, long_factor=factors
         )
     if kind == "yarn":
-        beta_fast, beta_slow = (keys.number(f"rope.scaling.yarn_beta_{end}", value) for end, value in _BETAS)
+        # a file may say 0 for "as usual"; the logarithms of YaRN take no zero
+        beta_fast, beta_slow = (keys.number(f"rope.scaling.yarn_beta_{end}", usual) or usual for end, usual in _BETAS)
         attention = keys.number("rope.scaling.yarn_attn_factor", 0.0) or attention
         return RopeScaling("yarn", factor, original, 1.0, 4.0, beta_fast, beta_slow, attention)
     return RopeScaling("linear", factor) if kind == "linear" and factor != 1.0 else None

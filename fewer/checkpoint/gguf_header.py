@@ -16,7 +16,8 @@ from typing import NoReturn
 from fewer.errors import CheckpointError
 
 MAX_KEY_BYTES = (1 << 16) - 1
-MAX_ARRAY_DEPTH = 4
+MAX_ARRAY_ITEMS = 1 << 22  # the largest vocabularies have about 2^18 tokens and 2^19 merges
+SHOWN = 80  # characters of a name from the file that a message quotes
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -71,7 +72,7 @@ class Cursor:
         except UnicodeDecodeError:
             self.header.fail(f"{what} is not valid UTF-8: {data[:40]!r}")
 
-    def skip(self, kind: int, what: str, depth: int = 0) -> None:
+    def skip(self, kind: int, what: str) -> None:
         """Walk over one value, checking that it lies inside the file."""
         if kind in _SCALARS:
             self._skip_bytes(_SCALARS[kind].size, what)
@@ -81,18 +82,17 @@ class Cursor:
             self.header.fail(f"{what} has the unknown value type {kind}")
         else:
             item, count = self.u32(), self.u64()
-            if depth == MAX_ARRAY_DEPTH:
-                self.header.fail(f"{what} nests arrays deeper than {MAX_ARRAY_DEPTH} levels")
-            least = _SCALARS[item].size if item in _SCALARS else 12 if item == _ARRAY else 8
-            if count * least > self.header.size - self.position:
-                self.header.fail(f"{what} claims an array of {count} items, more than the rest of the file can hold")
+            if item not in _SCALARS and item != _STRING:
+                wrong = "arrays" if item == _ARRAY else f"items of the unknown type {item}"
+                self.header.fail(f"{what} is an array of {wrong}, and only numbers and strings are allowed in one")
+            least = _SCALARS[item].size if item in _SCALARS else 8
+            most = min(MAX_ARRAY_ITEMS, (self.header.size - self.position) // least)
+            if count > most:
+                self.header.fail(f"{what} claims an array of {count} items, and at most {most} are possible there")
             if item in _SCALARS:
                 self._skip_bytes(count * least, what)
-            elif item == _STRING:
-                self._skip_strings(count, what)
             else:
-                for _ in range(count):
-                    self.skip(item, what, depth + 1)
+                self._skip_strings(count, what)
 
     def _skip_bytes(self, count: int, what: str) -> None:
         if count > self.header.size - self.position:
@@ -124,7 +124,7 @@ class Cursor:
             values = form.unpack_from(self.header.map, self.position)
             self.position += form.size
             return list(values)
-        return self._strings(count) if item == _STRING else [self.value(item) for _ in range(count)]
+        return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:
         """Strings of the model (tokens, templates): bytes that are not UTF-8 become replacement characters."""
@@ -147,9 +147,9 @@ class Metadata(Mapping[str, object]):
             key = cursor.text("a metadata key", limit=MAX_KEY_BYTES)
             kind = cursor.u32()
             if key in self._places:
-                self._header.fail(f"the metadata key '{key}' appears twice")
+                self._header.fail(f"the metadata key {key[:SHOWN]!r} appears twice")
             self._places[key] = kind, cursor.position
-            cursor.skip(kind, f"the metadata key '{key}'")
+            cursor.skip(kind, f"the metadata key {key[:SHOWN]!r}")
 
     def __getitem__(self, key: str) -> object:
         kind, position = self._places[key]
@@ -163,6 +163,13 @@ class Metadata(Mapping[str, object]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
+
+    def scalar(self, key: str) -> object:
+        """The one value of `key`, None where it is absent. An array in its place is refused, not decoded."""
+        length = self.array_length(key)
+        if length is not None:
+            self._header.fail(f"the metadata key {key[:SHOWN]!r} holds an array of {length} items instead of one value")
+        return self.get(key)
 
     def array_length(self, key: str) -> int | None:
         """Elements of an array without decoding it; None where `key` is absent or no array."""

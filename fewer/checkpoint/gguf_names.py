@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fewer.checkpoint.gguf_config import FAMILIES
+from fewer.checkpoint.gguf_header import SHOWN
 from fewer.checkpoint.gguf_reader import GGUFFile
 from fewer.errors import CheckpointError
 from fewer.model.config import ModelConfig
@@ -162,9 +163,9 @@ class _Sources:
         for name in self.file.tensors:
             head, _, rest = name.partition(".")
             layer = rest.partition(".")[0]
-            if head == "blk" and layer.isdecimal() and int(layer) >= self.config.layers:
+            if head == "blk" and layer.isdecimal() and (len(layer) > 9 or int(layer) >= self.config.layers):
                 raise CheckpointError(
-                    f"'{self.file.path}' holds the tensor '{name}', but its metadata gives the model only "
+                    f"'{self.file.path}' holds the tensor {name[:SHOWN]!r}, but its metadata gives the model only "
                     f"{self.config.layers} layers; convert it again"
                 )
 

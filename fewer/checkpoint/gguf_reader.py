@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewer.checkpoint.gguf_blocks import BLOCKS, KIND_NUMBERS
-from fewer.checkpoint.gguf_header import MAX_KEY_BYTES, Cursor, Header, Metadata
+from fewer.checkpoint.gguf_header import MAX_KEY_BYTES, SHOWN, Cursor, Header, Metadata
 from fewer.errors import CheckpointError
 
 MAX_METADATA = 1 << 16  # entries; real files have dozens
@@ -33,6 +33,11 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    @property
+    def shown(self) -> str:
+        """The name as messages quote it: short, and without anything that a terminal would obey."""
+        return repr(self.name[:SHOWN])
+
 
 class GGUFFile:
     """An open GGUF file: `metadata`, `tensors` by name, and their bytes, mapped and read on demand."""
@@ -44,14 +49,18 @@ class GGUFFile:
         cursor = Cursor(header)
         self.version, tensor_count, metadata_count = _read_counts(cursor)
         self.metadata = Metadata(cursor, metadata_count)
-        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            self.fail(f"general.alignment is {str(alignment)[:40]}, which is not a power of two up to {1 << 20}")
+        alignment = self.metadata.scalar("general.alignment")
+        if alignment is None:
+            alignment = DEFAULT_ALIGNMENT
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+            self.fail(f"general.alignment is {str(alignment)[:40]!r}, which is not a power of two up to {1 << 20}")
         entries = [_read_entry(cursor) for _ in range(tensor_count)]
         self.data_offset = -(-cursor.position // alignment) * alignment
         self.tensors = self._place(entries, alignment)
 
     def _open(self) -> Header:
+        if self.path.exists() and not self.path.is_file():
+            raise CheckpointError(f"'{self.path}' is not a file: give the path of a GGUF file")
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -71,19 +80,19 @@ class GGUFFile:
         for entry in entries:
             start = self.data_offset + entry.offset
             if entry.offset % alignment:
-                self.fail(f"tensor '{entry.name}' starts at {entry.offset}, which is no multiple of {alignment}")
+                self.fail(f"tensor {entry.shown} starts at {entry.offset}, which is no multiple of {alignment}")
             if start + entry.nbytes > self.size:
                 self.fail(
-                    f"tensor '{entry.name}' ({entry.kind} {list(entry.shape)}) ends at byte {start + entry.nbytes}, "
+                    f"tensor {entry.shown} ({entry.kind} {list(entry.shape)}) ends at byte {start + entry.nbytes}, "
                     f"but the file has {self.size} bytes"
                 )
             if entry.name in tensors:
-                self.fail(f"tensor '{entry.name}' is listed twice")
+                self.fail(f"tensor {entry.shown} is listed twice")
             tensors[entry.name] = replace(entry, offset=start)
         previous = None
         for entry in sorted(tensors.values(), key=lambda each: each.offset):
             if previous is not None and entry.offset < previous.offset + previous.nbytes:
-                self.fail(f"tensors '{previous.name}' and '{entry.name}' overlap at byte {entry.offset}")
+                self.fail(f"tensors {previous.shown} and {entry.shown} overlap at byte {entry.offset}")
             previous = entry
         return tensors
 
@@ -132,15 +141,16 @@ def _read_counts(cursor: Cursor) -> tuple[int, int, int]:
 def _read_entry(cursor: Cursor) -> TensorEntry:
     file = cursor.header
     name = cursor.text("a tensor's name", limit=MAX_KEY_BYTES)
+    shown = repr(name[:SHOWN])
     dimensions = cursor.u32()
     if dimensions > MAX_DIMENSIONS:
-        file.fail(f"tensor '{name}' claims {dimensions} dimensions, at most {MAX_DIMENSIONS} are allowed")
+        file.fail(f"tensor {shown} claims {dimensions} dimensions, at most {MAX_DIMENSIONS} are allowed")
     shape = tuple(reversed([cursor.u64() for _ in range(dimensions)]))
     number, offset = cursor.u32(), cursor.u64()
     kind = KIND_NUMBERS.get(number)
     if kind is None:
         raise CheckpointError(
-            f"tensor '{name}' in '{file.path}' has the type number {number}, which cannot be read: "
+            f"tensor {shown} in '{file.path}' has the type number {number}, which cannot be read: "
             f"allowed are {', '.join(BLOCKS)}"
         )
     elements = 1
@@ -148,7 +158,7 @@ def _read_entry(cursor: Cursor) -> TensorEntry:
         elements *= size
     block = BLOCKS[kind]
     if elements == 0 or (shape and shape[-1] % block.columns):
-        file.fail(f"tensor '{name}' has the shape {list(shape)}, but {kind} rows are multiples of {block.columns}")
+        file.fail(f"tensor {shown} has the shape {list(shape)}, but {kind} rows are multiples of {block.columns}")
     if block.columns > 1 and not shape:
-        file.fail(f"tensor '{name}' is a scalar of the block type {kind}")
+        file.fail(f"tensor {shown} is a scalar of the block type {kind}")
     return TensorEntry(name, kind, shape, offset, elements // block.columns * block.nbytes)

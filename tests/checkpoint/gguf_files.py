@@ -1,16 +1,13 @@
-"""GGUF files for tests: a tiny transformers model in the layout of llama.cpp's converter, and raw bytes that may lie.
+"""GGUF files for tests: a tiny transformers model in the layout of llama.cpp's converter.
 
 `write_gguf` names tensors with the gguf package's own table and permutes, shifts and stacks as the converter does for
-each architecture, so that what reads it is held against llama.cpp's layout. `RawGGUF` builds a header field by field.
+each architecture, so that what reads it is held against llama.cpp's layout.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,58 +199,3 @@ def _rope_tensors(config: Any) -> dict[str, list[float]]:
         share = min(max((turns - low) / (high - low), 0.0), 1.0)  # 1: a fast frequency, which stays
         divisors.append(1 / ((1 - share) / settings["factor"] + share))
     return {"rope_freqs.weight": divisors}
-
-
-# ── raw files ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def string(text: str | bytes, claimed: int | None = None) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data) if claimed is None else claimed) + data
-
-
-def entry(key: str | bytes, value_type: int, value: bytes) -> bytes:
-    """One metadata entry: its key, the number of its type and its encoded value."""
-    return string(key) + struct.pack("<I", value_type) + value
-
-
-def text_entry(key: str, value: str) -> bytes:
-    return entry(key, 8, string(value))
-
-
-def number_entry(key: str, value: int) -> bytes:
-    return entry(key, 4, struct.pack("<I", value))
-
-
-def array(item_type: int, count: int, items: bytes = b"") -> bytes:
-    return struct.pack("<IQ", item_type, count) + items
-
-
-def tensor_entry(
-    name: str, shape: Sequence[int], kind: int = 0, offset: int = 0, dimensions: int | None = None
-) -> bytes:
-    """One line of the directory; `shape` in the order of PyTorch, `dimensions` what the line claims to have."""
-    count = len(shape) if dimensions is None else dimensions
-    sizes = struct.pack(f"<{len(shape)}Q", *reversed(shape))
-    return string(name) + struct.pack("<I", count) + sizes + struct.pack("<IQ", kind, offset)
-
-
-@dataclass
-class RawGGUF:
-    """A file field by field. `tensor_count` and `metadata_count` are what the header claims; None tells the truth."""
-
-    metadata: list[bytes] = field(default_factory=list)
-    tensors: list[bytes] = field(default_factory=list)
-    data: bytes = b""
-    magic: bytes = b"GGUF"
-    version: int = 3
-    tensor_count: int | None = None
-    metadata_count: int | None = None
-    alignment: int = 32
-
-    def build(self) -> bytes:
-        tensor_count = len(self.tensors) if self.tensor_count is None else self.tensor_count
-        metadata_count = len(self.metadata) if self.metadata_count is None else self.metadata_count
-        start = self.magic + struct.pack("<IQQ", self.version, tensor_count, metadata_count)
-        header = start + b"".join(self.metadata) + b"".join(self.tensors)
-        return header + bytes(-len(header) % self.alignment) + self.data
