@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from fewer.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_HEADER_BYTES = 25_000_000  # about 250,000 tensors; the library's 100 MB of JSON could become gigabytes of objects
+SHOWN = 100  # characters of a name from the file that a message quotes
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -34,6 +35,8 @@ class HeaderEntry:
 
 def check_safetensors(path: Path) -> dict[str, HeaderEntry]:
     """The tensors that the file's header describes; a header that lies raises `CheckpointError`."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"'{path}' is not a file: give the path of a safetensors file")
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -48,7 +51,9 @@ def check_safetensors(path: Path) -> dict[str, HeaderEntry]:
     except OSError as error:
         raise CheckpointError(f"cannot open '{path}': {error.strerror or error}; check the path") from None
     header = _parse(path, text)
-    header.pop("__metadata__", None)  # free text of the writer
+    notes = header.pop("__metadata__", {})  # free text of the writer
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        _fail(path, "its __metadata__ is not an object of strings")
     entries = {name: _entry(path, name, fields, size - 8 - length) for name, fields in header.items()}
     _check_cover(path, entries, size - 8 - length)
     return entries
@@ -63,40 +68,40 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for name, value in pairs:
             if name in fields:
-                _fail(path, f"its header names '{name[:100]}' twice")
+                _fail(path, f"its header names {name[:SHOWN]!r} twice")
             fields[name] = value
         return fields
 
     if not text.startswith(b"{"):
         _fail(path, f"its header starts with {text[:16]!r}, which is no JSON object")
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, absurd numbers, absurd nesting
         _fail(path, f"its header is not JSON ({str(error)[:100]})")
-    if not isinstance(header, dict):
-        _fail(path, "its header is no JSON object")
+    assert isinstance(header, dict)  # it starts with a brace
+    for name in header:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            _fail(path, f"its header names {name[:SHOWN]!r}, which is not valid Unicode")
     return header
 
 
 def _entry(path: Path, name: str, fields: Any, data_bytes: int) -> HeaderEntry:
-    shown = name[:100]
+    shown = repr(name[:SHOWN])
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        _fail(path, f"tensor '{shown}' lacks one of dtype, shape and data_offsets")
+        _fail(path, f"tensor {shown} lacks one of dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _fail(path, f"tensor '{shown}' has the unknown dtype {str(dtype)[:40]!r}")
+        _fail(path, f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
     if not _counts(shape) or len(shape) > 64:
-        _fail(path, f"tensor '{shown}' has the shape {str(shape)[:100]}, which is no list of sizes")
+        _fail(path, f"tensor {shown} has the shape {str(shape)[:100]}, which is no list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-        _fail(path, f"tensor '{shown}' claims the bytes {str(offsets)[:100]} of {data_bytes} bytes of data")
+        _fail(path, f"tensor {shown} claims the bytes {str(offsets)[:100]} of {data_bytes} bytes of data")
     start, end = offsets
     # Sizes are bounded by the data before they are multiplied: no product grows without limit.
     fits = 0 in shape or max(shape, default=1) <= 8 * data_bytes
     bits = math.prod(shape) * DTYPE_BITS[dtype] if fits else -1
     if bits != 8 * (end - start):
-        _fail(
-            path, f"tensor '{shown}' of dtype {dtype} and shape {str(shape)[:100]} cannot be {end - start} bytes long"
-        )
+        _fail(path, f"tensor {shown} of dtype {dtype} and shape {str(shape)[:100]} cannot be {end - start} bytes long")
     return HeaderEntry(dtype, tuple(shape), start, end)
 
 
@@ -109,7 +114,7 @@ def _check_cover(path: Path, entries: dict[str, HeaderEntry], data_bytes: int) -
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
             fault = "overlaps the one before it" if entry.start < position else "leaves a hole before it"
-            _fail(path, f"tensor '{name[:100]}' at byte {entry.start} of the data {fault} (byte {position})")
+            _fail(path, f"tensor {name[:SHOWN]!r} at byte {entry.start} of the data {fault} (byte {position})")
         position = entry.end
     if position != data_bytes:
         _fail(path, f"its tensors end at byte {position} of {data_bytes} bytes of data")

@@ -105,6 +105,10 @@ LIES: dict[str, tuple[bytes, str]] = {
     "string length": (tiny_file({"x": entry("x", 8, string("", HUGE))}), f"'x' claims {HUGE} bytes"),
     "array count": (tiny_file({"x": entry("x", 9, array(5, 1 << 62))}), f"an array of {1 << 62} items"),
     "array beyond": (tiny_file({"x": entry("x", 9, array(5, 1 << 20))}), "items, and at most"),
+    "array of strings behind one without end": (
+        tiny_file({"x": entry("x", 9, array(8, 3, string("", HUGE) + string("a") * 2))}),
+        "beyond the end",
+    ),
     "array of strings": (
         tiny_file({"x": entry("x", 9, array(8, 2, string("a") + string("", HUGE)))}),
         "beyond the end",
