@@ -131,7 +131,7 @@ def _architecture(fields: Fields) -> str:
     name = fields.text("model_type")
     name = _SAME.get(name, name)
     if name not in FAMILIES:
-        called = f"the architecture '{name[:60]}'" if name else "no 'model_type'"
+        called = f"the architecture {name[:60]!r}" if name else "no 'model_type'"
         raise CheckpointError(f"'{fields.path}' has {called}: fewer reads folders of {', '.join(FAMILIES)}")
     return name
 
@@ -240,10 +240,10 @@ def _with_windows(config: ModelConfig, fields: Fields, family: Family) -> ModelC
 
 
 def _windowed_layers(config: ModelConfig, fields: Fields, family: Family) -> tuple[bool, ...]:
-    layers = range(config.layers)
+    layers, kinds = range(config.layers), (FULL, SLIDING)
     listed = fields.get("layer_types") if family.lists_layers else None
     if listed is not None:
-        if not isinstance(listed, list) or len(listed) != config.layers or not set(listed) <= {FULL, SLIDING}:
+        if not isinstance(listed, list) or len(listed) != config.layers or any(kind not in kinds for kind in listed):
             raise fields.fault("layer_types", f"a list of {config.layers} entries, each {FULL} or {SLIDING},")
         return tuple(kind == SLIDING for kind in listed)
     if family.windows == "late":

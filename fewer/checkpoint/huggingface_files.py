@@ -37,7 +37,7 @@ class TensorFiles:
         for name, file in (index or {}).items():
             if name not in self.entries:
                 raise CheckpointError(
-                    f"'{folder / INDEX}' places the tensor '{name[:100]}' in '{file}', which does not hold it: "
+                    f"'{folder / INDEX}' places the tensor {name[:100]!r} in '{file}', which does not hold it: "
                     "download both again"
                 )
 
@@ -81,7 +81,7 @@ class TensorFiles:
         for file in sorted(set(places.values())):
             if file != Path(file).name or "\\" in file or not file.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"'{path}' names the file '{file[:100]}': allowed are .safetensors files of the same folder"
+                    f"'{path}' names the file {file[:100]!r}: allowed are .safetensors files of the same folder"
                 )
             if not (self.folder / file).is_file():
                 raise CheckpointError(f"'{self.folder}' lacks the file '{file}' of its index: download it")

@@ -186,6 +186,6 @@ class _Sources:
         for name in sorted(self.entries.keys() - used):
             if name.startswith(f"{self.prefix}layers.") and not _BUFFER.search(name):
                 raise CheckpointError(
-                    f"'{self.folder}' holds the tensor '{name[:100]}', which a {self.config.architecture} model of its "
+                    f"'{self.folder}' holds the tensor {name[:100]!r}, which a {self.config.architecture} model of its "
                     "config.json has no place for; download both again"
                 )

@@ -55,7 +55,7 @@ def _kind(settings: Fields, config: ModelConfig) -> str:
         return "longrope"
     if kind not in KINDS:
         raise CheckpointError(
-            f"'{settings.path}': the rope scaling '{kind[:40]}' is unknown: allowed are {', '.join(KINDS)}"
+            f"'{settings.path}': the rope scaling {kind[:40]!r} is unknown: allowed are {', '.join(KINDS)}"
         )
     return kind
 

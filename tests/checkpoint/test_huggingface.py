@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -116,6 +117,19 @@ def test_a_name_that_is_not_there_is_refused(llama: Path) -> None:
         HuggingFaceCheckpoint(llama)["layers.9.attention.q.weight"]
 
 
+def test_the_tokenizer_lies_beside_the_weights(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        HuggingFaceCheckpoint(llama).tokenizer()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.save(str(llama / "tokenizer.json"))
+    tokenizer = HuggingFaceCheckpoint(llama).tokenizer()
+    assert tokenizer.eos_tokens == {2}  # from config.json
+    assert tokenizer.decode(tokenizer.encode("Grüße aus Köln")) == "Grüße aus Köln"
+
+
 def refusal(folder: Path) -> str:
     """The sentence with which a folder is refused."""
     with pytest.raises(CheckpointError) as fault:
@@ -199,12 +213,14 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
     assert f"lacks the file '{first.name}'" in refusal(shards)
 
 
-@pytest.mark.parametrize("place", ["../out.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "a\\b"])
+@pytest.mark.parametrize(
+    "place", ["../out.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "a\\b", "a\nb"]
+)
 def test_an_index_that_leaves_the_folder_is_refused(place: str, shards: Path) -> None:
     index = json.loads((shards / INDEX).read_text())
     index["weight_map"]["model.norm.weight"] = place
     (shards / INDEX).write_text(json.dumps(index))
-    assert f"names the file '{place}'" in refusal(shards)
+    assert f"names the file {place!r}" in refusal(shards)
 
 
 @pytest.mark.parametrize("places", [None, {}, [], {"model.norm.weight": 3}])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
 from fewer.checkpoint.huggingface_config import FAMILIES, read_config
 from fewer.checkpoint.huggingface_fields import Fields
@@ -288,6 +290,46 @@ def test_a_published_config_is_read(name: str) -> None:
     values, expected = PUBLISHED[name]
     config = config_of(**values)
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+JSON = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=20),
+    lambda inner: some.lists(inner, max_size=6) | some.dictionaries(some.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+WHOLE = {  # a setting of every kind that some family reads
+    **SIZES,
+    "layer_types": ["full_attention"] * 6,
+    "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": True,
+    "sliding_window": 64,
+    "max_window_layers": 3,
+    "no_rope_layers": [1] * 6,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+    "query_pre_attn_scalar": 16,
+    "eos_token_id": [2, 3],
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "clip_qkv": 1.0,
+    "model_type": "llama",
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(some.sampled_from(list(FAMILIES)), some.dictionaries(some.sampled_from(list(WHOLE)), JSON, max_size=3))
+def test_a_config_is_read_or_refused_in_one_sentence(model_type: str, changes: dict[str, Any]) -> None:
+    rope = changes.get("rope_parameters")
+    if isinstance(rope, dict):
+        changes["rope_parameters"] = WHOLE["rope_parameters"] | dict(
+            zip(("factor", "rope_type"), rope.values(), strict=False)
+        )
+    try:
+        read_config(Fields(Path("config.json"), {**WHOLE, "model_type": model_type, **changes}))
+    except CheckpointError as fault:
+        assert "\n" not in str(fault) and len(str(fault)) < 500
 
 
 def test_every_family_of_the_table_is_tested_against_transformers() -> None:
