@@ -95,13 +95,13 @@ def compare(
     ] = 1024,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", min=2, metavar="N", rich_help_panel=MEASURING, help="Of each answer.")
-    ] = 40,
+    ] = 32,
     rounds: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Times that everything is measured.")
     ] = 3,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Length of the prefill that is timed.")
-    ] = 1024,
+    ] = 768,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Write a page with table and plots.")
     ] = None,

@@ -19,9 +19,9 @@ from fewer.slots import SLOTS
 class Settings:
     """How a comparison is run. Lengths are tokens."""
 
-    max_tokens: int = 40  # of each answer
+    max_tokens: int = 32  # of each answer
     rounds: int = 3
-    prompt_tokens: int = 1024  # of the prefill that is timed, after which keys and values are weighed
+    prompt_tokens: int = 768  # of the prefill that is timed, after which keys and values are weighed
     text_tokens: int = 1024  # of the user's text, at most
     window: int = 512  # of perplexity on the user's text
     dtype: str | None = None  # of recipes that name none, and of the uncompressed reference
