@@ -1,0 +1,62 @@
+"""Fit something: give back part of what int4 lost by fitting the final norm's gain (d numbers) by distillation.
+
+    python examples/fit_final_norm.py [MODEL] [STEPS]
+
+The uncompressed model writes the text and is the teacher; KL is measured on text that was held out.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fewer
+from fewer import training
+from fewer.model.norm import rms_norm
+from fewer.model.step import Output, Step
+
+STARTS = ["The sea", "A list of", "Once upon a time", "def main", "In the year", "Dear friend", "She said", "Water is"]
+
+
+def run(model: fewer.LanguageModel, tokens: Tensor, **wanted: object) -> Output:
+    """tokens [B, T] in one pass."""
+    step = Step(tokens, torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(), **wanted)  # type: ignore[arg-type]
+    return model.runner.step(step, model.new_cache(*tokens.shape))
+
+
+def main(model: str = "smollm2", steps: str = "40") -> None:
+    teacher, student = (fewer.load(model, weights=spec) for spec in ("dense", "int4:group=64"))
+    prompts = [teacher.encode(start, raw=True) for start in STARTS]
+    fitted, held_out = (training.sample_tokens(teacher.session(len(prompts)), prompts, 48, seed) for seed in (1, 2))
+    network, last = student.transformer, student.config.layers
+    head = network.head.dequantize(torch.float32)  # [V, d]
+    gain = nn.Parameter(network.norm.clone())  # [d]
+
+    def loss(tokens: Tensor) -> Tensor:
+        before = run(student, tokens, logits="none", taps=(last,)).taps[last].clone()  # [B, T, d], not normed
+        logits = rms_norm(before, gain, student.config.norm_eps, torch.float32) @ head.T
+        return training.distillation(logits, run(teacher, tokens, logits="all").logits.clone())
+
+    def held_out_kl() -> float:
+        logits = [run(each, held_out, logits="all").logits for each in (student, teacher)]
+        return float(training.distillation(*logits))
+
+    before, blocks = held_out_kl(), training.TokenBlocks(fitted, batch_size=4)
+    training.Trainer(
+        {"norm.weight": gain}, loss, blocks, training.TrainerConfig(steps=int(steps), learning_rate=0.01)
+    ).run()
+    with tempfile.TemporaryDirectory() as folder:
+        network.norm = gain.detach()
+        metrics = {"kl_before": before, "kl_after": held_out_kl()}
+        origin = training.Provenance("final-norm", {}, teacher.checkpoint.fingerprint(), blocks.fingerprint, 0, metrics)
+        path = Path(folder) / "norm.safetensors"
+        nbytes = training.save_adapter(path, training.Adapter({"norm.weight": gain}, origin))
+        loaded = training.load_adapter(path, "final-norm", teacher.checkpoint.fingerprint())
+        network.norm = loaded.tensors["norm.weight"]
+    print(f"KL on held-out text: {before:.5f} before, {held_out_kl():.5f} after, with an adapter of {nbytes} bytes")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
