@@ -93,15 +93,15 @@ def _entry(path: Path, name: str, fields: Any, data_bytes: int) -> HeaderEntry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         _fail(path, f"tensor {shown} has the unknown dtype {str(dtype)[:40]!r}")
     if not _counts(shape) or len(shape) > 64:
-        _fail(path, f"tensor {shown} has the shape {str(shape)[:100]}, which is no list of sizes")
+        _fail(path, f"tensor {shown} has the shape {repr(shape)[:100]}, which is no list of sizes")
     if not _counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-        _fail(path, f"tensor {shown} claims the bytes {str(offsets)[:100]} of {data_bytes} bytes of data")
+        _fail(path, f"tensor {shown} claims the bytes {repr(offsets)[:100]} of {data_bytes} bytes of data")
     start, end = offsets
     # Sizes are bounded by the data before they are multiplied: no product grows without limit.
     fits = 0 in shape or max(shape, default=1) <= 8 * data_bytes
     bits = math.prod(shape) * DTYPE_BITS[dtype] if fits else -1
     if bits != 8 * (end - start):
-        _fail(path, f"tensor {shown} of dtype {dtype} and shape {str(shape)[:100]} cannot be {end - start} bytes long")
+        _fail(path, f"tensor {shown} of dtype {dtype} and shape {repr(shape)[:100]} cannot be {end - start} bytes long")
     return HeaderEntry(dtype, tuple(shape), start, end)
 
 

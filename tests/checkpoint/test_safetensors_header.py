@@ -129,6 +129,10 @@ LIES: dict[str, tuple[bytes, str]] = {
     "offsets of 64 bits": (file_of({"a": tensor(HUGE - 8, HUGE)}), f"claims the bytes [{HUGE - 8}, {HUGE}] of 0"),
     "offsets backwards": (file_of({"a": tensor(8, 0)}, bytes(8)), "claims the bytes [8, 0]"),
     "negative offsets": (file_of({"a": tensor(-8, 0)}, bytes(8)), "claims the bytes [-8, 0]"),
+    "offsets that draw": (
+        file_of({"a": {**tensor(0, 8), "data_offsets": "\x1b[2J"}}, bytes(8)),
+        r"claims the bytes '\x1b[2J'",
+    ),
     "one offset": (file_of({"a": {**tensor(0, 8), "data_offsets": [8]}}, bytes(8)), "claims the bytes [8]"),
     "overlap": (file_of({"a": tensor(0, 8), "b": tensor(4, 12)}, bytes(12)), "'b' at byte 4 of the data overlaps"),
     "same bytes": (file_of({"a": tensor(0, 8), "b": tensor(0, 8)}, bytes(8)), "'b' at byte 0 of the data overlaps"),
