@@ -44,17 +44,15 @@ def main(model: str = "smollm2", steps: str = "40") -> None:
         return float(training.distillation(*logits))
 
     before, blocks = held_out_kl(), training.TokenBlocks(fitted, batch_size=4)
-    training.Trainer(
-        {"norm.weight": gain}, loss, blocks, training.TrainerConfig(steps=int(steps), learning_rate=0.01)
-    ).run()
+    config = training.TrainerConfig(steps=int(steps), learning_rate=0.01)
+    training.Trainer({"norm.weight": gain}, loss, blocks, config).run()
     with tempfile.TemporaryDirectory() as folder:
         network.norm = gain.detach()
         metrics = {"kl_before": before, "kl_after": held_out_kl()}
         origin = training.Provenance("final-norm", {}, teacher.checkpoint.fingerprint(), blocks.fingerprint, 0, metrics)
         path = Path(folder) / "norm.safetensors"
         nbytes = training.save_adapter(path, training.Adapter({"norm.weight": gain}, origin))
-        loaded = training.load_adapter(path, "final-norm", teacher.checkpoint.fingerprint())
-        network.norm = loaded.tensors["norm.weight"]
+        network.norm = training.load_adapter(path, "final-norm", origin.model).tensors["norm.weight"]
     print(f"KL on held-out text: {before:.5f} before, {held_out_kl():.5f} after, with an adapter of {nbytes} bytes")
 
 
