@@ -42,7 +42,7 @@ def compare(
             "-r",
             metavar="RECIPE",
             rich_help_panel=o.RECIPE,
-            help="As in 'weights=int4 cache=sink-window', or a YAML file of recipes; repeat it. [default: six of them]",
+            help="As in 'weights=int4 cache=sink-window', or a YAML file of recipes; repeat it. (default: six of them)",
         ),
     ] = None,
     weights: Annotated[
@@ -79,7 +79,7 @@ def compare(
         typer.Option(
             metavar="FILE",
             rich_help_panel=MEASURING,
-            help="Prompts: one a line, or longer ones between lines of '---'. [default: eight of ours]",
+            help="Prompts: one a line, or longer ones between lines of '---'. (default: eight of ours)",
         ),
     ] = None,
     text: Annotated[
@@ -87,7 +87,7 @@ def compare(
         typer.Option(
             metavar="FILE",
             rich_help_panel=MEASURING,
-            help="Text for perplexity. [default: the prompts and what the uncompressed model writes]",
+            help="Text for perplexity. (default: the prompts and what the uncompressed model writes)",
         ),
     ] = None,
     text_tokens: Annotated[

@@ -19,7 +19,7 @@ def perplexity(
     model: o.Model = o.MODEL_DEFAULT,
     window: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens that are fed at once.")] = 512,
     stride: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="Tokens between two windows' starts. [default: the window]")
+        int | None, typer.Option(metavar="TOKENS", help="Tokens between two windows' starts. (default: the window)")
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="TOKENS", help="Only the text's first tokens.")] = None,
     decode_path: Annotated[
