@@ -23,7 +23,9 @@ def bench(
     ] = None,
     depth: Annotated[
         list[int] | None,
-        typer.Option(metavar="TOKENS", help="Text before the tokens that are written; repeat it. (default: 128 and 1024)"),
+        typer.Option(
+            metavar="TOKENS", help="Text before the tokens that are written; repeat it. (default: 128 and 1024)"
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", metavar="N", help="Tokens to write after each depth.")] = 64,
     rounds: Annotated[int, typer.Option(metavar="N", help="Times that everything is measured.")] = 5,
