@@ -104,12 +104,13 @@ class Tokenizer:
         """Tokens of `text`. `special`: special tokens written in the text are recognised. `bos` None: as the model
         wishes (never twice)."""
         try:
-            tokens = self._encoder.encode(text, special)
+            text.encode()
         except UnicodeEncodeError as fault:
             raise UsageError(
                 f"the text holds half of a surrogate pair at character {fault.start}, which is no Unicode text: "
                 "read it as UTF-8"
             ) from None
+        tokens = self._encoder.encode(text, special)
         wanted = self.adds_bos if bos is None else bos
         if wanted and self.bos_token is not None and tokens[:1] != [self.bos_token]:
             tokens.insert(0, self.bos_token)

@@ -144,7 +144,6 @@ class SentencePieceEncoder:
         self._swallows_space = swallows_space
 
     def encode(self, text: str, special: bool) -> list[int]:
-        text.encode()  # a lone surrogate is refused here, wherever it stands
         result: list[int] = []
         for part in (self._all if special else self._added).split(text):
             if isinstance(part, int):
