@@ -115,7 +115,7 @@ def test_steps_equal_the_general_paths(kind: str, batch: int, device: torch.devi
     if kind != "dense" and batch > 1:
         tolerance = 0.05  # several rows meet quantised matrices in bfloat16
     elif kind == "int4":
-        tolerance = 6e-3  # the codes' bit patterns are thousands of times as large as the codes
+        tolerance = 0.02  # the codes' bit patterns are thousands of times as large as the codes
     assert_same_steps(fast, exact, batch, 3 if device.type == "cpu" else 40, tolerance)
 
 

@@ -1,0 +1,104 @@
+"""Compile every kernel launch of a program for Hopper, without a GPU: run with Triton's interpreter off.
+
+    python -m tests.kernels.triton.compile_for_hopper
+
+Launches on CPU tensors are compiled to machine code for the types, constants and specialisations that they would have
+on CUDA, and not run. Prints how many differing ones there were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fewer.cache import FullCache
+from fewer.engine.cuda import CudaDecoder
+from fewer.kernels.triton.attention_decode import attention_decode
+from fewer.kernels.triton.linear import Fused, dequantize, multiply
+from fewer.kernels.triton.norm import add_rms_norm, rms_norm
+from tests.engine.test_cuda import FEATURES, SMALL, build
+from tests.kernels.triton.test_linear import ACTIVATIONS, problem
+from tests.random_model import config_of
+
+HOPPER = GPUTarget("cuda", 90, 32)
+CPU = torch.device("cpu")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.int64: "*i64",
+}
+ON_CUDA = {"ON_CPU": False, "PDL": True}  # what the callers say on Hopper
+compiled: set[object] = set()
+
+
+def launch(kernel: JITFunction[Any], *args: Any, grid: object, warmup: bool, **options: Any) -> None:
+    """In place of `JITFunction.run`."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        name = parameter.name
+        if parameter.is_constexpr or (type(value) is int and value == 1):  # 1 is a constant to the compiler
+            signature[name], constants[name] = "constexpr", ON_CUDA.get(name, value)
+            continue
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):  # as CUDA allocates
+            attributes[index,] = [["tt.divisibility", 16]]
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else _scalar(value)
+    warps = options.get("num_warps", 4)
+    key: tuple[object, ...] = (kernel.fn.__name__, *signature.items(), *constants.items(), str(attributes), warps)
+    if key not in compiled:
+        compile(ASTSource(kernel, signature, constants, attributes), HOPPER, {"num_warps": warps, "launch_pdl": True})
+        compiled.add(key)
+
+
+def _scalar(value: object) -> str:
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def products() -> None:
+    for kind in ("bfloat16", "int8", "int8-32", "int4-128"):
+        gain, bias, matrix = torch.ones(128), torch.ones(64), problem(kind, 64, 128, CPU).matrix
+        for count in (1, 3):
+            x = torch.zeros(count, 128, dtype=torch.bfloat16)
+            multiply(x, matrix, x.new_empty(count, 64), Fused(gain, 1e-5, bias, residual=torch.ones(count, 64)))
+            for activation in ACTIVATIONS if (kind, count) == ("int8", 1) else ("silu",):
+                multiply(x, matrix, x.new_empty(count, 32), Fused(gain, 1e-5, None, activation))
+        multiply(x[:1], problem(kind, 1, 128, CPU).matrix, x.new_empty(1, 1))  # N = 1 is a constant
+        dequantize(matrix, torch.bfloat16)
+
+
+def norms() -> None:
+    rms_norm(torch.ones(3, 80), torch.ones(80), 1e-5, torch.bfloat16)
+    add_rms_norm(torch.ones(3, 80), torch.ones(3, 80), torch.ones(80), 1e-5, torch.bfloat16)
+
+
+def attentions() -> None:
+    for batch, group, head_dim, window, softcap in ((1, 4, 128, None, None), (3, 1, 80, 1, None), (2, 3, 8, 4, 2.0)):
+        keys = torch.ones(batch, 2, 200, head_dim, dtype=torch.bfloat16)
+        q, lengths = keys.new_ones(batch, 2 * group, head_dim), torch.ones(batch, dtype=torch.int32)
+        attention_decode(q, keys, keys.clone(), lengths, 0.1, window, softcap)
+
+
+def decoders() -> None:
+    everything = FEATURES["biases everywhere"] | FEATURES["norms of heads"] | FEATURES["a layer without positions"]
+    for kind, changes, batch in (("dense", everything, 3), ("int4", FEATURES["caps and scales"], 1)):
+        model = build(config_of(**SMALL | changes), kind, CPU, torch.bfloat16)
+        CudaDecoder(model).run([0] * batch, [0] * batch, FullCache(model.config, batch, 8, model.dtype, CPU))
+
+
+if __name__ == "__main__":
+    JITFunction.run = launch
+    norms()
+    attentions()
+    products()
+    decoders()
+    print(len(compiled))
