@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from jinja2 import Template, nodes, pass_environment
+from jinja2 import Template, nodes, pass_context, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.filters import FILTERS, make_attrgetter
-from jinja2.runtime import LoopContext, Undefined
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -189,20 +189,20 @@ def _through(name: str, node: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-# ── filters: `environment` is the BoundedEnvironment they run in ────────────────────────────────────────────────────
+# ── filters that `_Rewrite` puts in: they take the context, because the compiler would run others on constants once ──
 
 
-@pass_environment
-def _counted(environment: BoundedEnvironment, values: Iterable[Any]) -> Iterator[Any]:
+@pass_context
+def _counted(context: Context, values: Iterable[Any]) -> Iterator[Any]:
     for turn, value in enumerate(values):
         if turn % 64 == 0:
-            environment.budget.look_at_clock()
+            _budget(context).look_at_clock()
         yield value
 
 
-@pass_environment
-def _measured(environment: BoundedEnvironment, value: Any) -> Any:
-    budget = environment.budget
+@pass_context
+def _measured(context: Context, value: Any) -> Any:
+    budget = _budget(context)
     if isinstance(value, Iterator) and not isinstance(value, LoopContext):  # what `map` and `select` return
         values: list[Any] = []
         weight = 0
@@ -215,10 +215,18 @@ def _measured(environment: BoundedEnvironment, value: Any) -> Any:
     return value
 
 
-@pass_environment
-def _joined(environment: BoundedEnvironment, values: list[Any]) -> str:
-    environment.budget.ask(environment.budget.weigh(values))
+@pass_context
+def _joined(context: Context, values: list[Any]) -> str:
+    budget = _budget(context)
+    budget.ask(budget.weigh(values))
     return "".join(map(str, values))
+
+
+def _budget(context: Context) -> Budget:
+    return cast(BoundedEnvironment, context.environment).budget
+
+
+# ── filters of templates: `environment` is the BoundedEnvironment they run in ───────────────────────────────────────
 
 
 @pass_environment
