@@ -15,33 +15,33 @@ from torch import Tensor, nn
 import fewer
 from fewer import training
 from fewer.model.norm import rms_norm
-from fewer.model.step import Output, Step
+from fewer.model.step import Step
 
-STARTS = ["The sea", "A list of", "Once upon a time", "def main", "In the year", "Dear friend", "She said", "Water is"]
+STARTS = ["The sea", "A list of", "Once upon a time", "def main", "In the year", "She said"]
 
 
-def run(model: fewer.LanguageModel, tokens: Tensor, **wanted: object) -> Output:
-    """tokens [B, T] in one pass."""
-    step = Step(tokens, torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(), **wanted)  # type: ignore[arg-type]
-    return model.runner.step(step, model.new_cache(*tokens.shape))
+def run(model: fewer.LanguageModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens [B, T] -> hidden states before the final norm [B, T, d], logits [B, T, V]."""
+    places, last = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(), model.config.layers
+    output = model.runner.step(Step(tokens, places, logits="all", taps=(last,)), model.new_cache(*tokens.shape))
+    assert output.logits is not None
+    return output.taps[last].clone(), output.logits.clone()
 
 
 def main(model: str = "smollm2", steps: str = "40") -> None:
     teacher, student = (fewer.load(model, weights=spec) for spec in ("dense", "int4:group=64"))
     prompts = [teacher.encode(start, raw=True) for start in STARTS]
     fitted, held_out = (training.sample_tokens(teacher.session(len(prompts)), prompts, 48, seed) for seed in (1, 2))
-    network, last = student.transformer, student.config.layers
+    network = student.transformer
     head = network.head.dequantize(torch.float32)  # [V, d]
     gain = nn.Parameter(network.norm.clone())  # [d]
 
     def loss(tokens: Tensor) -> Tensor:
-        before = run(student, tokens, logits="none", taps=(last,)).taps[last].clone()  # [B, T, d], not normed
-        logits = rms_norm(before, gain, student.config.norm_eps, torch.float32) @ head.T
-        return training.distillation(logits, run(teacher, tokens, logits="all").logits.clone())
+        logits = rms_norm(run(student, tokens)[0], gain, student.config.norm_eps, torch.float32) @ head.T
+        return training.distillation(logits, run(teacher, tokens)[1])
 
     def held_out_kl() -> float:
-        logits = [run(each, held_out, logits="all").logits for each in (student, teacher)]
-        return float(training.distillation(*logits))
+        return float(training.distillation(run(student, held_out)[1], run(teacher, held_out)[1]))
 
     before, blocks = held_out_kl(), training.TokenBlocks(fitted, batch_size=4)
     config = training.TrainerConfig(steps=int(steps), learning_rate=0.01)

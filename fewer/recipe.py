@@ -34,7 +34,8 @@ class Recipe:
                 reason = choice.method.conflicts.get(f"{other_slot}:{other.method.name}")
                 if reason:
                     raise UsageError(
-                        f"{slot}={choice.method.name} cannot be combined with {other_slot}={other.method.name}: {reason}"
+                        f"{slot}={choice.method.name} cannot be combined with {other_slot}={other.method.name}: "
+                        f"{reason}"
                     )
 
     def __str__(self) -> str:
@@ -85,6 +86,6 @@ class Recipe:
         return [cls.from_mapping(entry) for entry in entries]
 
     def to_mapping(self) -> dict[str, str]:
-        values = {slot: getattr(self, slot) for slot in SLOTS if getattr(self, slot) != DEFAULTS[slot]}
+        values: dict[str, str] = {slot: getattr(self, slot) for slot in SLOTS if getattr(self, slot) != DEFAULTS[slot]}
         extra = {"dtype": self.dtype, "name": self.name}
         return {**values, **{key: value for key, value in extra.items() if value}}

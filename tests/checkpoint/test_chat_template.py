@@ -97,7 +97,7 @@ HUNGRY = {
     "a range": "{% for a in range(10**12) %}{% endfor %}",
     "doubling": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
     "doubling by tilde": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "nested lists": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "nested lists": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}",
     "multiplying text": "{{ 'a' * 10**10 }}",
     "multiplying lists": "{{ ([0] * 10**10) | length }}",
     "padding": "{{ 'a'.ljust(10**10) }}",

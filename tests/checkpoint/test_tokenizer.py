@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 
 from fewer.checkpoint.pre_tokenizers import build_pre_tokenizer, find_rule
@@ -57,6 +59,19 @@ def test_special_tokens_in_a_text_are_recognised_or_spelled_out(kind: str, tmp_p
         assert not set(spelled) & {0, 1, 2} and gguf.decode(spelled) == text
     assert gguf.decode([1, *gguf.encode("cat", bos=False), 2]) == "cat"
     assert gguf.decode([1, 2], skip_special=False) == "<s></s>"
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, Tokenizer, Reference]]:
+    return [both(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama-bpe", "gpt-4o", "llama", "gemma")]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("  \n▁'s09Aé日"), min_size=1, max_size=40))
+def test_any_text_encodes_as_the_reference(families: list[tuple[Tokenizer, Tokenizer, Reference]], text: str) -> None:
+    for gguf, folder, reference in families:
+        expected = reference.encode(text, add_special_tokens=False).ids
+        assert gguf.encode(text, bos=False) == folder.encode(text, bos=False) == expected
 
 
 def test_a_bos_that_the_text_brings_is_not_added_twice(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from fewer.cli.app import app
@@ -32,7 +31,7 @@ def fewer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fewer:
     monkeypatch.setenv("FEWER_HOME", str(tmp_path / "fewer-home"))
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def run(*words: str, stdin: str = "") -> Result:
+    def run(*words: str, stdin: str = "") -> Any:
         result = CliRunner().invoke(app, list(words), input=stdin, prog_name="fewer")
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception

@@ -67,7 +67,7 @@ def test_an_empty_stdin_is_an_empty_prompt(fewer: Fewer, tiny: str) -> None:
 def test_pickle_checkpoints_are_refused_and_never_unpickled(fewer: Fewer, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str, ...]]:
-            return (open, (str(tmp_path / "sprung"), "w"))  # type: ignore[return-value]
+            return (open, (str(tmp_path / "sprung"), "w"))
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     code, sentence = refuse(fewer, "inspect", str(tmp_path / "pytorch_model.bin"))
