@@ -1,4 +1,4 @@
-"""What the interpreter accepts the compiler may refuse: every kernel is compiled too, for a GPU that need not be here."""
+"""What the interpreter accepts the compiler may refuse: every kernel is also compiled, for a GPU that may be elsewhere."""
 
 from __future__ import annotations
 
