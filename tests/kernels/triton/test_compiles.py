@@ -1,4 +1,4 @@
-"""What the interpreter accepts the compiler may refuse: every kernel is also compiled, for a GPU that may be elsewhere."""
+"""The compiler refuses some of what the interpreter accepts: every kernel is also compiled, for a GPU not needed here."""
 
 from __future__ import annotations
 
