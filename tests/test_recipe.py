@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fewer import slots
 from fewer.cache import SinkWindowConfig
 from fewer.errors import UsageError
 from fewer.recipe import Recipe
-from fewer.slots import SLOTS, methods, parse_spec
+from fewer.slots import SLOTS, method, methods, parse_spec
 
 
 def test_a_spec_sets_fields_of_the_config() -> None:
@@ -67,6 +68,16 @@ def test_every_registered_method_has_a_summary_and_default_settings_that_parse()
 def test_a_method_that_needs_a_setting_says_how_to_write_it(name: str) -> None:
     with pytest.raises(UsageError, match=f"write {name}:model=NAME"):
         parse_spec("decoding", name)
+
+
+def test_an_incompatible_recipe_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_METHODS", dict(slots._METHODS))  # what is registered here is gone afterwards
+    reason = "it cannot take back rejected guesses"
+    method("one-way", slot="cache", lossless=True, conflicts={"decoding:prompt-lookup": reason})(object)
+    assert Recipe(cache="one-way").cache == "one-way"
+    for text in ("cache=one-way decoding=prompt-lookup", "decoding=prompt-lookup:tokens=3 cache=one-way"):
+        with pytest.raises(UsageError, match=f"cache=one-way cannot be combined with decoding=prompt-lookup: {reason}"):
+            Recipe.parse(text)
 
 
 def test_a_recipe_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

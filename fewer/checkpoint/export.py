@@ -58,6 +58,7 @@ def write_folder(
         save_file(tensors, temporary / TENSORS)
         tokenizer.save(temporary)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        shutil.copymode(temporary / DESCRIPTION, temporary / TENSORS)  # the library makes files for their owner alone
         if folder.exists():
             folder.rmdir()  # empty, checked above
         temporary.rename(folder)

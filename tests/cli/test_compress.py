@@ -61,3 +61,5 @@ def test_an_empty_output_folder_is_filled(fewer: Fewer, tiny: str, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     assert fewer("compress", "-m", tiny, "-o", str(tmp_path / "empty")).exit_code == 0
     assert open_checkpoint(tmp_path / "empty").kind == "fewer"
+    modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
+    assert len(modes) == 1  # whoever may read one file of it may read all
