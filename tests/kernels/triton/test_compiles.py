@@ -1,4 +1,4 @@
-"""The compiler refuses some of what the interpreter accepts: every kernel is also compiled, for a GPU not needed here."""
+"""The compiler refuses some of what the interpreter accepts, so every kernel is compiled too, without a GPU."""
 
 from __future__ import annotations
 
