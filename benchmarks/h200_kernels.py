@@ -171,10 +171,24 @@ SHAPES = {  # name: rows of the output, columns, gated, normed, residual
     "down": (4096, 14336, False, False, True),
     "head": (128256, 4096, False, True, False),
 }
-CANDIDATES = {
+CANDIDATES = {  # rows, columns, warps
     "dense": [(4, 2048, 4), (8, 1024, 4), (4, 1024, 4), (8, 2048, 8), (2, 2048, 2), (16, 512, 4), (2, 4096, 4)],
     "int8": [(4, 2048, 4), (8, 2048, 4), (8, 1024, 4), (4, 4096, 4), (2, 4096, 4), (16, 1024, 8)],
-    "int4": [(8, 4096, 4), (4, 4096, 4), (8, 2048, 4), (4, 2048, 2), (16, 1024, 4), (16, 4096, 8), (2, 4096, 2)],
+    "int4": [
+        (8, 4096, 4),
+        (4, 4096, 4),
+        (8, 4096, 8),
+        (16, 4096, 8),
+        (4, 4096, 2),
+        (8, 2048, 2),
+        (8, 2048, 4),
+        (8, 1024, 2),
+        (16, 2048, 4),
+        (4, 16384, 8),
+        (8, 16384, 8),
+        (4, 16384, 16),
+        (8, 16384, 16),
+    ],
 }
 
 
@@ -196,6 +210,8 @@ def sweep(kind: str, device: torch.device, tiny: bool, read: float, seconds: flo
         fused = Fused(gain, 1e-5, None, "silu" if gated else "none", out if added else None)
         found[name] = rates = {}
         for candidate in CANDIDATES[kind][: 1 if tiny else None]:
+            if candidate[1] >= 2 * columns and not tiny:
+                continue
             blocks = Blocks(candidate[0], min(candidate[1], 256) if tiny else candidate[1], candidate[2])
             if time.monotonic() > stop:
                 break

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.triton import attention_decode
 from fewer.kernels.triton.attention_decode import Fusion, Scratch, Tiling
-from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply
+from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply, word_order
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
@@ -90,6 +90,7 @@ class CudaDecoder:
         properties = torch.cuda.get_device_properties(model.device) if self.on_gpu else None
         self.processors = 4 if properties is None else properties.multi_processor_count
         self.passes: OrderedDict[tuple[int, torch.Size], _Pass] = OrderedDict()
+        self.word_gains: dict[int, Tensor] = {}  # a norm's gain in the order of int4's words, by the gain's id
 
     def accepts(self, cache: object, batch: int) -> bool:
         """Whether this cache's pool can be written by the kernels."""
@@ -176,9 +177,7 @@ class CudaDecoder:
         work.residual.copy_(embedded if config.embedding_scale is None else embedded * config.embedding_scale)
         for index, layer in enumerate(model.layers):
             self._layer(layer, pool[index], work.fusions[index], lengths, work)
-        head = stored(model.head)
-        assert head is not None
-        multiply(work.residual, head, work.logits, Fused(model.norm, config.norm_eps), self.pdl)
+        self._multiply(work.residual, Linear([model.head]), work.logits, model.norm)
         if config.logit_scale != 1.0:
             work.logits.mul_(config.logit_scale)
         if config.logit_softcap is not None:
@@ -206,4 +205,11 @@ class CudaDecoder:
     ) -> None:  # fmt: skip
         matrix = stored(linear.format)
         assert matrix is not None
-        multiply(x, matrix, out, Fused(gain, self.config.norm_eps, linear.bias, activation, residual), self.pdl)
+        words = self._word_gain(gain) if gain is not None and matrix.kind == "int4" and x.shape[0] == 1 else None
+        around = Fused(gain, self.config.norm_eps, linear.bias, activation, residual, words)
+        multiply(x, matrix, out, around, self.pdl)
+
+    def _word_gain(self, gain: Tensor) -> Tensor:
+        if id(gain) not in self.word_gains:
+            self.word_gains[id(gain)] = word_order(gain)
+        return self.word_gains[id(gain)]

@@ -6,6 +6,7 @@ then arithmetic, not bytes, is the bound.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewer.kernels.triton.gemv import gemv_dense, gemv_int8
-from fewer.kernels.triton.gemv_int4 import gemv_int4
+from fewer.kernels.triton.gemv_int4 import gemv_int4, gemv_int4_long
 from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows
 
 WIDE = 64  # rows beyond which dequantising pays
-_GEMV = {"dense": gemv_dense, "int8": gemv_int8, "int4": gemv_int4}
+RESIDENT = 4  # programs a multiprocessor that keep x in registers and walk the rows
+_GEMV = {"dense": gemv_dense, "int8": gemv_int8}
 
 
 class Stored(NamedTuple):
@@ -45,6 +47,7 @@ class Fused(NamedTuple):
     bias: Tensor | None = None  # [N]
     activation: str = "none"  # "silu", "gelu_tanh", "gelu": act(first half)·second half
     residual: Tensor | None = None  # [M, N], may be `out` itself
+    word_gain: Tensor | None = None  # `word_order(gain)`, for one row times int4; made where it is missing
 
 
 class Blocks(NamedTuple):
@@ -71,9 +74,17 @@ def multiply(
     gain = x if gain is None else gain
     if count == 1:
         blocks = blocks or gemv_blocks(matrix.kind, size, columns, fused.activation != "none")
-        codes = matrix.codes.view(torch.int32) if matrix.kind == "int4" else matrix.codes
-        grid: tuple[int, ...] = (-(-size // blocks.rows),)
-        _GEMV[matrix.kind][grid](
+        kernel, codes, grid = _GEMV.get(matrix.kind), matrix.codes, (-(-size // blocks.rows),)
+        if kernel is None:
+            kernel = gemv_int4 if blocks.columns >= columns else gemv_int4_long
+            codes = codes.view(torch.int32)
+            if fused.gain is not None:
+                gain = word_order(fused.gain) if fused.word_gain is None else fused.word_gain
+            if x.dtype == torch.bfloat16:
+                x = x.view(torch.int64)
+            if kernel is gemv_int4:
+                grid = (_programs(grid[0], x.device),)
+        kernel[grid](
             x, gain, codes, *pointers, size, columns, matrix.group_size, *flags, blocks.rows, blocks.columns, pdl,
             num_warps=blocks.warps, **launch,
         )  # fmt: skip
@@ -90,14 +101,32 @@ def multiply(
     return out
 
 
+def word_order(gain: Tensor) -> Tensor:
+    """gain [K] -> the same numbers in the order in which int4's words meet them: by nibble (low 0..3, high 0..3), then
+    by word."""
+    return gain.view(-1, 2, 4, 4).permute(1, 3, 0, 2).reshape(-1)  # [blocks, low or high, word, byte]
+
+
+def _programs(tiles: int, device: torch.device) -> int:
+    """Programs that each walk the same number of tiles (but for the last round), RESIDENT a multiprocessor or fewer."""
+    rounds = -(-tiles // (RESIDENT * _processors(device)))
+    return -(-tiles // rounds)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
     """Block sizes for one row, measured on an H200 (docs/h200.md)."""
     whole = max(32, 1 << (columns - 1).bit_length())  # int8 sums 32 columns at a time
     if kind == "dense":
-        return Blocks(2 if gated else 4, min(whole, 2048), 4)
+        return Blocks(2, whole, 4) if whole <= 4096 else Blocks(4, 2048, 4)
     if kind == "int8":
         return Blocks(4, min(whole, 2048), 4)
-    return Blocks(4 if gated else 8, min(whole, 4096), 4 if whole >= 2048 else 2)
+    rows = 4 if gated else 8
+    return Blocks(rows, whole, max(1, whole // 1024)) if whole <= 8192 else Blocks(rows, 2048, 2)
 
 
 def rows_blocks(count: int, rows: int, columns: int) -> Blocks:
