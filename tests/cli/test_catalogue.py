@@ -103,7 +103,18 @@ def test_completion_offers_methods_with_their_summary() -> None:
 
 def test_every_verb_has_json_and_debug(fewer: Fewer) -> None:
     listed = fewer("--help").stdout
-    for verb in ("generate", "chat", "compress", "methods", "inspect", "doctor", "models"):
+    for verb in (
+        "generate",
+        "chat",
+        "compare",
+        "bench",
+        "perplexity",
+        "compress",
+        "methods",
+        "inspect",
+        "doctor",
+        "models",
+    ):
         assert verb in listed
         options = fewer(verb, "--help").stdout
         assert "--json" in options, verb
