@@ -115,7 +115,7 @@ def check_attention(device: torch.device, tiny: bool) -> Results:
     return errors
 
 
-def attention_speed(device: torch.device, tiny: bool, read: float) -> Results:
+def attention_speed(device: torch.device, tiny: bool, read: float, pdl: bool) -> Results:
     """Decode attention, 32 query and 8 key heads of 128, as a fraction of the read bandwidth."""
     found: Results = {}
     long = [96, 128] if tiny else [32768, 131072]
@@ -125,7 +125,7 @@ def attention_speed(device: torch.device, tiny: bool, read: float) -> Results:
         found[name] = best = {}
         for tiling in _attention_tilings(len(lengths), max(lengths), device):
             try:
-                rate = _attention_rate(lengths, tiling, device, 1 if tiny else None)
+                rate = _attention_rate(lengths, tiling, device, 1 if tiny else None, pdl)
                 best[str(tuple(tiling))] = {"bytes_per_second": rate, "of_read": rate / read}
             except Exception as error:  # one tiling that does not fit loses only itself
                 best[str(tuple(tiling))] = repr(error)[:200]
@@ -139,14 +139,15 @@ def _attention_tilings(batch: int, longest: int, device: torch.device) -> Iterat
     if device.type != "cuda":
         return
     yield first._replace(slots=128, stages=2)
-    yield first._replace(slots=64, stages=2)
-    yield first._replace(slots=128, stages=2, warps=8)
-    if batch > 1:
-        yield first._replace(programs=2 * first.programs, splits=2 * first.splits)
-        yield first._replace(programs=first.programs // 2)
+    for share in (1.5, 2) if batch == 1 else (0.5, 2):
+        programs = int(share * first.programs)
+        for slots, stages in ((32, 4), (32, 3), (64, 2)):
+            yield first._replace(programs=programs, splits=max(1, programs // 8), slots=slots, stages=stages)
 
 
-def _attention_rate(lengths: list[int], tiling: decode.Tiling, device: torch.device, copies: int | None) -> float:
+def _attention_rate(
+    lengths: list[int], tiling: decode.Tiling, device: torch.device, copies: int | None, pdl: bool
+) -> float:
     batch, heads, kv_heads, head_dim, longest = len(lengths), 32, 8, 128, max(lengths)
     bytes_read = sum(lengths) * kv_heads * head_dim * 2 * 2
     copies = copies or max(1, int(1e9 // (batch * longest * kv_heads * head_dim * 4)))
@@ -160,7 +161,7 @@ def _attention_rate(lengths: list[int], tiling: decode.Tiling, device: torch.dev
         shape = (batch, kv_heads, longest, head_dim)
         keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in "kv")
         arguments = (q, keys, values, at, out, lse, scratch, tiling, heads, head_dim**-0.5)
-        launches.append(functools.partial(decode.launch, *arguments))
+        launches.append(functools.partial(decode.launch, *arguments, pdl=pdl))
     return bytes_read / seconds_in_graph(launches * max(1, 8 // copies))
 
 

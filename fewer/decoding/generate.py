@@ -116,13 +116,14 @@ def _greedy(
     session: Session, token: int, max_tokens: int, stops: frozenset[int], counts: Counts
 ) -> Iterator[TokenEvent]:
     """One row, plain and greedy: the path where microseconds count."""
-    decode, length = session.decode, session.lengths[0]
+    length = session.lengths[0]
     last = max_tokens if session.cache.renumbers else min(max_tokens, session.context_length - length + 1)
+    following = session.greedy(token, last - 1)
     for _ in range(last - 1):
         if token in stops:
             break
         yield TokenEvent(0, [token])
-        token = int(argmax(decode((token,))))
+        token = next(following)
         counts.target_passes += 1
         counts.emitted += 1
     yield TokenEvent(0, [token], None, "stop" if token in stops else "length")

@@ -54,7 +54,7 @@ class SamplingConfig:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """logits [.., V] -> index of the largest [..], the lowest index on ties: every greedy choice goes through here."""
+    """logits [.., V] -> index of the largest [..], the lowest index on ties, as `Session.greedy` does too."""
     return torch.argmax(logits, dim=-1)
 
 

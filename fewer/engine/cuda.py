@@ -7,8 +7,9 @@ the cache's capacity. The numbers are those of `fewer.model.transformer`, up to 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +71,20 @@ class _Pass:
     attended: Tensor  # [B, H D]
     gated: Tensor  # [B, intermediate]
     logits: Tensor  # [B, V] float32
-    total: Tensor  # [] float32: their sum, finite when they all are
+    report: Tensor  # [2, B] int64: the most likely token, and the bits of its logit
     scratch: Scratch
     tiling: Tiling
     fusions: list[Fusion]
     graph: torch.cuda.CUDAGraph | None = None
+
+
+def _values(report: Tensor) -> Tensor:
+    """The float32 half of a report [2, B]: [B]."""
+    return report[1].view(torch.float32)[: report.shape[1]]
+
+
+def _tops(report: Tensor) -> list[float]:
+    return [float(top) for top in _values(report).tolist()]
 
 
 class CudaDecoder:
@@ -102,28 +112,67 @@ class CudaDecoder:
         Keys and values go to slot lengths[b] of row b; the caller commits them.
         """
         work = self._pass(cache.pools[0])
-        work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
-        if not self.on_gpu:
-            self.forward(work, cache.pools[0])
-        elif work.graph is None:
-            work.graph = self._capture(work, cache.pools[0])
-        if work.graph is not None:
-            work.graph.replay()
+        self._feed(work, tokens, lengths)
+        self._graph(work, cache.pools[0])()
         return work.logits
 
     def is_finite(self, cache: ContiguousCache) -> bool:
         """Whether the last pass over `cache` gave finite logits. Waits for it."""
-        return bool(torch.isfinite(self._pass(cache.pools[0]).total))
+        return all(math.isfinite(top) for top in _tops(self._pass(cache.pools[0]).report))
+
+    def greedy(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
+        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed.
+
+        The GPU never waits for the host: a pass begins before the token of the one in front has arrived, since its
+        inputs are already there. Only what is yielded is committed. Ends early when logits are not finite.
+        """
+        work = self._pass(cache.pools[0])
+        self._feed(work, [token], [position])
+        graph = self._graph(work, cache.pools[0])
+        reports = [torch.empty_like(work.report, device="cpu", pin_memory=self.on_gpu) for _ in range(2)]
+        arrived = [torch.cuda.Event() if self.on_gpu else None for _ in range(2)]
+
+        def launch(index: int) -> None:
+            graph()
+            reports[index % 2].copy_(work.report, non_blocking=True)
+            event = arrived[index % 2]
+            if event is not None:
+                event.record()
+
+        launch(0)
+        for index in range(count):
+            if index + 1 < count:
+                launch(index + 1)
+            event = arrived[index % 2]
+            if event is not None:
+                event.synchronize()
+            if not all(math.isfinite(top) for top in _tops(reports[index % 2])):
+                return
+            cache.advance_one(position + index)
+            yield int(reports[index % 2][0, 0])
+
+    def _feed(self, work: _Pass, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
+
+    def _graph(self, work: _Pass, pool: Tensor) -> Callable[[], None]:
+        """Runs one pass over what `work.inputs` holds."""
+        if not self.on_gpu:
+            return lambda: self.forward(work, pool)
+        if work.graph is None:
+            work.graph = self._capture(work, pool)
+        return work.graph.replay
 
     def _capture(self, work: _Pass, pool: Tensor) -> torch.cuda.CUDAGraph:
+        inputs = work.inputs.clone()
         side = torch.cuda.Stream(self.model.device)
         side.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(side):
-            self.forward(work, pool)  # compiles the kernels; replays write the same keys again
+            self.forward(work, pool)  # compiles the kernels; the first replay writes the same keys again
         torch.cuda.current_stream(self.model.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.forward(work, pool)
+        work.inputs.copy_(inputs)
         return graph
 
     def _pass(self, pool: Tensor) -> _Pass:
@@ -151,7 +200,7 @@ class CudaDecoder:
             attended=empty(config.heads * head_dim),
             gated=empty(config.intermediate_size),
             logits=empty(config.vocab_size, torch.float32),
-            total=torch.zeros((), device=device),
+            report=torch.zeros(2, batch, dtype=torch.int64, device=device),
             scratch=Scratch.allocate(batch, config.heads, kv_heads, head_dim, tiling.splits, device),
             tiling=tiling,
             fusions=[self._fusion(layer, capacity, device) for layer in model.layers],
@@ -170,7 +219,7 @@ class CudaDecoder:
         )
 
     def forward(self, work: _Pass, pool: Tensor) -> None:
-        """Every launch of one pass, in order; pool [L, 2, B, Hk, capacity, D]."""
+        """Every launch of one pass, in order; pool [L, 2, B, Hk, capacity, D]. Leaves `inputs` ready for the next."""
         model, config = self.model, self.config
         tokens, lengths = work.inputs[0], work.inputs[1]
         embedded = model.embed.rows(tokens.long())
@@ -182,7 +231,9 @@ class CudaDecoder:
             work.logits.mul_(config.logit_scale)
         if config.logit_softcap is not None:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
-        torch.sum(work.logits, (0, 1), out=work.total)
+        torch.max(work.logits, -1, out=(_values(work.report), work.report[0]))  # a NaN anywhere is the maximum
+        work.inputs[0].copy_(work.report[0])  # what the next pass is fed, unless the host says otherwise
+        work.inputs[1].add_(1)
 
     def _layer(self, layer: Layer, cached: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
         """cached [2, B, Hk, capacity, D]: the layer's keys and values."""

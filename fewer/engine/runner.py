@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -38,7 +39,7 @@ class Runner:
         if self.cuda is not None and _is_one_token(step) and self.cuda.accepts(cache, step.positions.shape[0]):
             return self._decode_rows(self.cuda, step, cache)
         output = self.model.forward(step, cache)
-        if output.hidden is not None and not math.isfinite(float(output.hidden.sum())):
+        if output.logits is not None and not math.isfinite(float(output.logits.sum())):
             self._explain(step, cache)
         return output
 
@@ -47,9 +48,9 @@ class Runner:
         """One token of a single sequence, committed -> logits [1, V] float32."""
         if self.single is not None and getattr(cache, "contiguous", False):
             with self.governor:
-                hidden = self.single.run(token, position, cast(ContiguousCache, cache))
-                if math.isfinite(float(hidden.sum())):
-                    return self.single.logits(hidden)
+                logits = self.single.run(token, position, cast(ContiguousCache, cache))
+                if math.isfinite(float(logits.sum())):
+                    return logits
             cache.truncate(0, position)  # the general path below names the layer
         if self.cuda is not None and self.cuda.accepts(cache, 1):
             contiguous = cast(ContiguousCache, cache)
@@ -66,6 +67,22 @@ class Runner:
         cache.commit([1])
         assert logits is not None
         return logits
+
+    def runs_ahead(self, cache: KVCache) -> bool:
+        """Whether `greedy` keeps the device busy while the host waits for tokens."""
+        return self.cuda is not None and self.cuda.accepts(cache, 1)
+
+    @torch.inference_mode()
+    def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
+        """Feed `token` and then each most likely token of a single sequence, `count` times; yields those tokens. The
+        cache must have room for `count` more, and `runs_ahead` hold. Raises NumericalError."""
+        assert self.cuda is not None
+        end = position + count
+        for following in self.cuda.greedy(token, position, cast(ContiguousCache, cache), count):
+            position, token = position + 1, following
+            yield token
+        if position < end:
+            self.decode_one(token, position, cache)  # not finite: names the layer
 
     def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
         """One token in each row, left tentative like every step's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from fewer.engine.runner import Runner
 from fewer.errors import UsageError
 from fewer.model.step import Step
 from fewer.slots import DraftTree, KVCache
+
+AHEAD = 256  # tokens that `greedy` makes room for at once
 
 
 class Session:
@@ -86,6 +88,20 @@ class Session:
         self.cache.commit(new)
         assert logits is not None
         return logits
+
+    def greedy(self, token: int, count: int) -> Iterator[int]:
+        """Feed `token` to a single sequence, then each most likely token (the lowest of equals): yields `count` of
+        them. All but the last are fed; a caller that stops earlier leaves the last one it saw unfed, too."""
+        while count:
+            if not self.runner.runs_ahead(self.cache):
+                token, count = int(self.decode((token,)).argmax()), count - 1
+                yield token
+                continue
+            part = min(count, AHEAD)
+            self._make_room([part])
+            for following in self.runner.greedy(token, self.lengths[0], self.cache, part):
+                self.passes, token, count = self.passes + 1, following, count - 1
+                yield token
 
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """Run each row's draft tree in one pass -> logits [n + 1, V]: row i predicts the children of node i.

@@ -110,7 +110,7 @@ class SingleToken:
         )
 
     def run(self, token: int, position: int, cache: ContiguousCache) -> Tensor:
-        """-> hidden state after the final norm [1, d] in the head's dtype; the token is committed to the cache."""
+        """-> logits [1, V] float32; the token is committed to the cache."""
         model, residual, activation = self.model, self.residual, ACTIVATIONS[self.config.activation]
         residual.copy_(model.embed.rows(torch.tensor([token])))
         if self.config.embedding_scale is not None:
@@ -137,7 +137,7 @@ class SingleToken:
             gate, up = both.chunk(2, 1)
             out = down.product(activation(gate).mul_(up).to(down.dtype))
             residual.add_(out if down.bias is None else out + down.bias)
-        return self.norm()
+        return self.logits(self.norm())
 
     def _turn(self, position: int) -> None:
         """Fill row 0 of `turns` with this position's rotation: scaled for q, plain for k, 1 for v."""

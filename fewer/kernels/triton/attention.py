@@ -59,31 +59,33 @@ def cap(scores, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def attend_run(
-    q, keys, values, begin, end, stride_slot, scale, softcap, top, total, out,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-    ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
+def block_of(
+    base, start, end, stride_slot, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """Online softmax of q [HEADS_P, DIM] over slots begin..end-1; scores in units of log2."""
+    """Slots start..start+BLOCK_S-1 of one head's keys or values, zeros from `end` on: [BLOCK_S, DIM]."""
     channel = tl.arange(0, DIM)
-    for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
-        slot = start + tl.arange(0, BLOCK_S)
-        inside = (slot < end)[:, None]
-        if DIM != HEAD_DIM:
-            inside = inside & (channel < HEAD_DIM)[None, :]
-        at = slot[:, None] * stride_slot + channel[None, :]
-        key = tl.load(keys + at, mask=inside, other=0.0)  # [BLOCK_S, DIM]
-        scores = multiply_tiles(q, tl.trans(key), tl.zeros([q.shape[0], BLOCK_S], tl.float32), ON_CPU, PRECISION)
-        scores = cap(scores * scale, softcap, SOFTCAP) * LOG2_E
-        scores = tl.where((slot < end)[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        value = tl.load(values + at, mask=inside, other=0.0)
-        out = multiply_tiles(weights.to(value.dtype), value, out * shrink[:, None], ON_CPU, PRECISION)
-        top = higher
-    return top, total, out
+    slot = start + tl.arange(0, BLOCK_S)
+    inside = (slot < end)[:, None]
+    if DIM != HEAD_DIM:
+        inside = inside & (channel < HEAD_DIM)[None, :]
+    return tl.load(base + slot[:, None] * stride_slot + channel[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def attend_block(
+    q, key, value, start, end, scale, softcap, top, total, out,
+    SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax of q [HEADS_P, DIM] over key and value [BLOCK_S, DIM]; scores in units of log2."""
+    scores = multiply_tiles(q, tl.trans(key), tl.zeros([q.shape[0], BLOCK_S], tl.float32), ON_CPU, PRECISION)
+    scores = cap(scores * scale, softcap, SOFTCAP) * LOG2_E
+    scores = tl.where((start + tl.arange(0, BLOCK_S) < end)[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    out = multiply_tiles(weights.to(value.dtype), value, out * shrink[:, None], ON_CPU, PRECISION)
+    return higher, total, out
 
 
 @triton.jit
@@ -137,7 +139,6 @@ def decode_attention(
     and after.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    wait_for_previous(PDL)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     first = 0
@@ -156,20 +157,32 @@ def decode_attention(
         head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # a tensor-core tile has 16 rows
         real = tl.minimum(head, GROUP - 1)
         channel = tl.arange(0, DIM)
+        plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
+        begin = first + split * run
+        end = tl.minimum(begin + run, length)
+        # What earlier passes cached needs no waiting: only the query and the new token come from the kernel in front.
+        key = block_of(keys + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+        value = block_of(values + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+        wait_for_previous(PDL)
         width: tl.constexpr = (HEADS + 2 * KV_HEADS if FUSED else HEADS) * HEAD_DIM
         base = query + row.to(tl.int64) * width
         heads = base + (kv_head * GROUP + real)[:, None] * HEAD_DIM
         q = turn(heads, q_gain, table, length, eps, HEAD_DIM, ROTARY_DIM if FUSED else 0, DIM, FUSED and QK_NORM)
-        plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
         top = tl.full([head.shape[0]], float("-inf"), tl.float32)
         total = tl.zeros([head.shape[0]], tl.float32)
         result = tl.zeros([head.shape[0], DIM], tl.float32)
-        begin = first + split * run
-        end = tl.minimum(begin + run, length)
-        top, total, result = attend_run(
-            q.to(keys.dtype.element_ty), keys + plane, values + plane, begin, end, stride_slot, scale, softcap,
-            top, total, result, HEAD_DIM, DIM, SOFTCAP, BLOCK_S, STAGES, ON_CPU, PRECISION,
-        )  # fmt: skip
+        matched = q.to(keys.dtype.element_ty)
+        if begin < end:
+            top, total, result = attend_block(
+                matched, key, value, begin, end, scale, softcap, top, total, result, SOFTCAP, BLOCK_S, ON_CPU, PRECISION
+            )
+        for start in tl.range(begin + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+            following = block_of(keys + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            and_values = block_of(values + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            top, total, result = attend_block(
+                matched, following, and_values, start, end, scale, softcap, top, total, result,
+                SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
+            )  # fmt: skip
         if FUSED:  # noqa: SIM102 (known when compiled; the other is not)
             if split == 0:
                 lane = tl.arange(0, 1)

@@ -80,7 +80,7 @@ def launch(
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
         heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.splits,
         _power(tiling.splits), _power(batch), tiling.slots, tiling.stages,
-        max(1, 4096 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
+        max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
         num_warps=tiling.warps, **options,
     )  # fmt: skip

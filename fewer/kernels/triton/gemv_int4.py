@@ -49,9 +49,27 @@ def block_sum(values):
 
 
 @triton.jit
-def vectors(x, gain, word, K: tl.constexpr, NORM: tl.constexpr):
-    """What `word` (index in a row) multiplies: x·g for its low nibbles l and high ones h; Σ x²; the sums that the
-    constants need, by block. gain [K] in word order (`fewer.kernels.triton.linear.word_order`)."""
+def gains(gain, word, K: tl.constexpr, NORM: tl.constexpr):
+    """g for the eight nibbles of `word` (index in a row): gain [K] is in word order (linear.word_order)."""
+    inside = word < K // 8
+    if NORM:
+        g0 = tl.load(gain + word, mask=inside, other=0.0)
+        g1 = tl.load(gain + K // 8 + word, mask=inside, other=0.0)
+        g2 = tl.load(gain + 2 * (K // 8) + word, mask=inside, other=0.0)
+        g3 = tl.load(gain + 3 * (K // 8) + word, mask=inside, other=0.0)
+        g4 = tl.load(gain + 4 * (K // 8) + word, mask=inside, other=0.0)
+        g5 = tl.load(gain + 5 * (K // 8) + word, mask=inside, other=0.0)
+        g6 = tl.load(gain + 6 * (K // 8) + word, mask=inside, other=0.0)
+        g7 = tl.load(gain + 7 * (K // 8) + word, mask=inside, other=0.0)
+    else:
+        g0, g1, g2, g3, g4, g5, g6, g7 = word, word, word, word, word, word, word, word
+    return g0, g1, g2, g3, g4, g5, g6, g7
+
+
+@triton.jit
+def vectors(x, word, g0, g1, g2, g3, g4, g5, g6, g7, K: tl.constexpr, NORM: tl.constexpr):
+    """What `word` multiplies: x·g for its low nibbles l and high ones h; Σ x²; and the sums that the constants need, by
+    block."""
     inside = word < K // 8
     at = (word // 4) * 8 + word % 4  # byte b of word j of a block: columns 4j + b and 4j + b + 16
     l0, l1, l2, l3 = four(x, at, inside)
@@ -59,17 +77,18 @@ def vectors(x, gain, word, K: tl.constexpr, NORM: tl.constexpr):
     squares = l0
     if NORM:
         squares = l0 * l0 + l1 * l1 + l2 * l2 + l3 * l3 + h0 * h0 + h1 * h1 + h2 * h2 + h3 * h3
-        l0 *= tl.load(gain + word, mask=inside, other=0.0)
-        l1 *= tl.load(gain + K // 8 + word, mask=inside, other=0.0)
-        l2 *= tl.load(gain + 2 * (K // 8) + word, mask=inside, other=0.0)
-        l3 *= tl.load(gain + 3 * (K // 8) + word, mask=inside, other=0.0)
-        h0 *= tl.load(gain + 4 * (K // 8) + word, mask=inside, other=0.0)
-        h1 *= tl.load(gain + 5 * (K // 8) + word, mask=inside, other=0.0)
-        h2 *= tl.load(gain + 6 * (K // 8) + word, mask=inside, other=0.0)
-        h3 *= tl.load(gain + 7 * (K // 8) + word, mask=inside, other=0.0)
+        l0, l1, l2, l3, h0, h1, h2, h3 = l0 * g0, l1 * g1, l2 * g2, l3 * g3, h0 * g4, h1 * g5, h2 * g6, h3 * g7
     at_16, at_12, at_8 = l2 + h0 + h3, l0 + h1 + l3, l1 + h2
     constant = block_sum(136.0 * at_16 + 2056.0 * at_12 + 32776.0 * at_8)
     return l0, l1, l2, l3, h0, h1, h2, h3, squares, constant, block_sum(at_16 + at_12 + at_8)
+
+
+@triton.jit
+def scales(scale, zero, held, column, K: tl.constexpr, GROUP: tl.constexpr):
+    """Scale and zero of the blocks that begin at `column`, of rows `held`: [BLOCK_N, blocks]."""
+    at = held[:, None] * (K // GROUP) + (column // GROUP)[None, :]
+    inside = (column < K)[None, :]
+    return tl.load(scale + at, mask=inside, other=0.0), tl.load(zero + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -79,11 +98,8 @@ def nibble(word, pattern, MASK: tl.constexpr):
 
 
 @triton.jit
-def products(
-    tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, scale, zero, held, column, opaque,
-    K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """tile int32 [BLOCK_N, words], rows `held`, blocks that begin at `column` -> Σ w x by block [BLOCK_N, blocks].
+def products(tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, factor, shift, opaque):
+    """tile int32 [BLOCK_N, words], scale and zero [BLOCK_N, blocks] -> Σ w x by block [BLOCK_N, blocks].
 
     `opaque` is 0, which the compiler cannot know: it keeps the patterns in registers, so that one instruction both
     masks and merges.
@@ -100,11 +116,7 @@ def products(
     sums += nibble(right, p11, 0xF000) * l3[None, :]
     sums += nibble(right, p7, 0xF0000) * h3[None, :]
     blocks = tl.sum(by_block(sums), 2)
-    at = held[:, None] * (K // GROUP) + (column // GROUP)[None, :]
-    inside = (column < K)[None, :]
-    factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(zero + at, mask=inside, other=0.0).to(tl.float32)
-    return factor * (blocks - constant[None, :]) + shift * whole[None, :]
+    return factor.to(tl.float32) * (blocks - constant[None, :]) + shift.to(tl.float32) * whole[None, :]
 
 
 @triton.jit
@@ -123,32 +135,33 @@ def gemv_int4(
     stride = tl.num_programs(0) * BLOCK_N
     held = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)  # rows beyond N read the last one
     tile = chunk(weight + held[:, None] * (K // 8), word, K // 8)
-    tile_up = tile
+    factor, shift = scales(scale, zero, held, column, K, GROUP)
+    tile_up, factor_up, shift_up = tile, factor, shift
     if ACTIVATION != "none":
         tile_up = chunk(weight + (held + N)[:, None] * (K // 8), word, K // 8)
+        factor_up, shift_up = scales(scale, zero, held + N, column, K, GROUP)
+    g0, g1, g2, g3, g4, g5, g6, g7 = gains(gain, word, K, NORM)
     wait_for_previous(PDL)
-    l0, l1, l2, l3, h0, h1, h2, h3, square, constant, whole = vectors(x, gain, word, K, NORM)
+    l0, l1, l2, l3, h0, h1, h2, h3, square, constant, whole = vectors(x, word, g0, g1, g2, g3, g4, g5, g6, g7, K, NORM)
     squares = tl.sum(square, 0)
     for begin in tl.range(first, N, stride):
         row = begin + tl.arange(0, BLOCK_N)
-        held = tl.minimum(row, N - 1).to(tl.int64)
         following = tl.minimum(row + stride, N - 1).to(tl.int64)
         tile_next = chunk(weight + following[:, None] * (K // 8), word, K // 8)
-        tile_up_next = tile_next
+        factor_next, shift_next = scales(scale, zero, following, column, K, GROUP)
+        tile_up_next, factor_up_next, shift_up_next = tile_next, factor_next, shift_next
         if ACTIVATION != "none":
             tile_up_next = chunk(weight + (following + N)[:, None] * (K // 8), word, K // 8)
-        total = tl.sum(products(
-            tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, scale, zero, held, column, opaque, K, GROUP
-        ), 1)  # fmt: skip
+            factor_up_next, shift_up_next = scales(scale, zero, following + N, column, K, GROUP)
+        total = tl.sum(products(tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, factor, shift, opaque), 1)
         total_up = total
         if ACTIVATION != "none":
             total_up = tl.sum(products(
-                tile_up, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, scale, zero, held + N, column, opaque,
-                K, GROUP,
+                tile_up, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, factor_up, shift_up, opaque
             ), 1)  # fmt: skip
         finish(total, total_up, squares, row, row < N, bias, residual, out, eps, N, K, NORM, ACTIVATION, BIAS, RESIDUAL)
-        tile = tile_next
-        tile_up = tile_up_next
+        tile, factor, shift = tile_next, factor_next, shift_next
+        tile_up, factor_up, shift_up = tile_up_next, factor_up_next, shift_up_next
 
 
 @triton.jit
@@ -165,32 +178,34 @@ def gemv_int4_long(
     base = weight + held[:, None] * (K // 8)
     second = weight + (held + N)[:, None] * (K // 8)
     tile = chunk(base, word, K // 8)
-    tile_up = tile
+    factor, shift = scales(scale, zero, held, column, K, GROUP)
+    tile_up, factor_up, shift_up = tile, factor, shift
     if ACTIVATION != "none":
         tile_up = chunk(second, word, K // 8)
+        factor_up, shift_up = scales(scale, zero, held + N, column, K, GROUP)
     wait_for_previous(PDL)
     total = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_K // 32], tl.float32)
     squares = tl.zeros([BLOCK_K // 8], tl.float32)
     for start in tl.range(0, K, BLOCK_K):
-        here = start // 8 + word
-        l0, l1, l2, l3, h0, h1, h2, h3, square, constant, whole = vectors(x, gain, here, K, NORM)
-        tile_next = chunk(base, here + BLOCK_K // 8, K // 8)
-        tile_up_next = tile_next
+        here, beyond = start // 8 + word, start + BLOCK_K
+        g0, g1, g2, g3, g4, g5, g6, g7 = gains(gain, here, K, NORM)
+        l0, l1, l2, l3, h0, h1, h2, h3, square, constant, whole = vectors(
+            x, here, g0, g1, g2, g3, g4, g5, g6, g7, K, NORM
+        )
+        tile_next = chunk(base, beyond // 8 + word, K // 8)
+        factor_next, shift_next = scales(scale, zero, held, beyond + column, K, GROUP)
+        tile_up_next, factor_up_next, shift_up_next = tile_next, factor_next, shift_next
         if ACTIVATION != "none":
-            tile_up_next = chunk(second, here + BLOCK_K // 8, K // 8)
+            tile_up_next = chunk(second, beyond // 8 + word, K // 8)
+            factor_up_next, shift_up_next = scales(scale, zero, held + N, beyond + column, K, GROUP)
         if NORM:
             squares += square
-        total += products(
-            tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, scale, zero, held, start + column, opaque, K, GROUP
-        )
+        total += products(tile, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, factor, shift, opaque)
         if ACTIVATION != "none":
-            total_up += products(
-                tile_up, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, scale, zero, held + N, start + column, opaque,
-                K, GROUP,
-            )  # fmt: skip
-        tile = tile_next
-        tile_up = tile_up_next
+            total_up += products(tile_up, l0, l1, l2, l3, h0, h1, h2, h3, constant, whole, factor_up, shift_up, opaque)
+        tile, factor, shift = tile_next, factor_next, shift_next
+        tile_up, factor_up, shift_up = tile_up_next, factor_up_next, shift_up_next
     finish(
         tl.sum(total, 1), tl.sum(total_up, 1), tl.sum(squares, 0), row, row < N, bias, residual, out, eps, N,
         K, NORM, ACTIVATION, BIAS, RESIDUAL,
