@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,19 @@ def agreement(ours: Sequence[Answer], theirs: Sequence[Answer]) -> Agreement:
 def tokenizers_agree(ours: Tokenizer, path: Path, prompts: Sequence[str]) -> dict[str, Any]:
     """Token numbers of every prompt, as it is and through the chat template, held against transformers' tokenizer."""
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    def chat(text: str) -> tuple[list[int], list[int]]:
+        messages = [{"role": "user", "content": text}]
+        words = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return ours.chat(messages), list(theirs(words, add_special_tokens=False).input_ids)
+
+    forms: dict[str, Callable[[str], tuple[list[int], list[int]]]] = {
+        "raw": lambda text: (ours.encode(text), list(theirs(text).input_ids))
+    }
+    forms |= {"chat": chat} if ours.has_chat_template else {}
     found: dict[str, Any] = {"class": type(theirs).__name__, "prompts": len(prompts), "differences": []}
-    forms = {"raw": (ours.encode, lambda text: theirs(text).input_ids)}
-    if ours.has_chat_template:
-
-        def in_chat(text: str) -> list[int]:
-            messages = [{"role": "user", "content": text}]
-            words = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return list(theirs(words, add_special_tokens=False).input_ids)
-
-        forms["chat"] = (lambda text: ours.chat([{"role": "user", "content": text}]), in_chat)
-    for form, (mine, reference) in forms.items():
-        pairs = [(mine(text), list(reference(text))) for text in prompts]
+    for form, encode in forms.items():
+        pairs = [encode(text) for text in prompts]
         found[f"{form}_equal"] = sum(a == b for a, b in pairs)
         found["differences"] += [
             {"form": form, "prompt": index, "ours": a, "theirs": b} for index, (a, b) in enumerate(pairs) if a != b
@@ -204,7 +205,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="how many of the twenty (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "exactness.json")
     options = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     prompts = exactness_prompts()[: options.prompts]
     facts = machine(torch.device("cpu")) | {"transformers": transformers.__version__}
