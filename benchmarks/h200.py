@@ -97,7 +97,7 @@ def run_model(
     if config is not models.SMOLLM2_135M:
         length = 32 if tiny else 8192
         report.section(f"{name} prefill", lambda: models.prefill_speed(runner, length, flops))
-    if kind == "dense" and device.type == "cuda":
+    if kind == "dense" and device.type == "cuda" and config is models.LLAMA_8B:
         report.section(f"peer compiled loop {name}", lambda: peers.compiled_loop_speed(model, prompt, tokens))
     runner.cuda = None
 
@@ -109,25 +109,25 @@ def run(options: argparse.Namespace) -> Results:
     rates = report.section("bandwidth", lambda: kernels.bandwidth(device, tiny))
     read = max(_number(rates, "read_bytes_per_second", 4.3e12), _number(rates, "copy_bytes_per_second", 0))
     flops = _number(rates, "bf16_flops", 7.9e14)
-    report.section("check products", lambda: kernels.check_products(device, tiny))
-    report.section("check attention", lambda: kernels.check_attention(device, tiny))
+    pdl = device.type == "cuda" and not options.no_pdl
     large = models.TINY if tiny else models.LLAMA_8B
     small = models.TINY if tiny else models.SMOLLM2_135M
-    for name, config, kind in (("llama bf16", large, "dense"), ("llama int4", large, "int4")):
-        guard(report, name, lambda n=name, c=config, k=kind: run_model(report, n, c, k, options, flops))
-    report.section("attention", lambda: kernels.attention_speed(device, tiny, read))
+    for name, kind in (("llama bf16", "dense"), ("llama int4", "int4")):
+        report.section(f"sweep {kind}", lambda k=kind: kernels.sweep(k, device, tiny, read, 45.0, pdl))
+        guard(report, name, lambda n=name, k=kind: run_model(report, n, large, k, options, flops))
+    report.section("attention", lambda: kernels.attention_speed(device, tiny, read, pdl))
     guard(report, "smollm2", lambda: run_model(report, "smollm2 bf16", small, "dense", options, flops))
-    report.section("prefill parts", lambda: models.prefill_parts(large, 32 if tiny else 8192, device))
-    for kind, share in (("dense", 60.0), ("int4", 60.0), ("int8", 45.0)):
-        pdl = device.type == "cuda" and not options.no_pdl
-        report.section(f"sweep {kind}", lambda k=kind, s=share, p=pdl: kernels.sweep(k, device, tiny, read, s, p))
-    guard(report, "llama int8", lambda: run_model(report, "llama int8", large, "int8", options, flops))
+    report.section("check attention", lambda: kernels.check_attention(device, tiny))
     for compiled in (True, False):
         name = f"peer transformers {'static' if compiled else 'eager'}"
         sizes = (16, 8) if tiny else (512, 128)
         report.section(
             name, lambda c=compiled, s=sizes: peers.transformers_speed(large, *s, device, c and device.type == "cuda")
         )
+    report.section("check products", lambda: kernels.check_products(device, tiny))
+    report.section("sweep int8", lambda: kernels.sweep("int8", device, tiny, read, 30.0, pdl))
+    guard(report, "llama int8", lambda: run_model(report, "llama int8", large, "int8", options, flops))
+    report.section("prefill parts", lambda: models.prefill_parts(large, 32 if tiny else 8192, device))
     return report.results
 
 

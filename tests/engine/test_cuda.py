@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -189,8 +190,33 @@ def test_graph_replay_equals_the_eager_pass(kind: str, batch: int, gpu: torch.de
         (work,) = decoder.passes.values()
         assert work.graph is not None
         work.logits.zero_()
+        decoder._feed(work, [7] * batch, session.lengths)  # a pass leaves its successor's inputs behind
         decoder.forward(work, pool)
         assert torch.equal(work.logits, replayed)
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_running_ahead_gives_the_tokens_of_single_steps(kind: str, device: torch.device) -> None:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    runner = fast_runner(build(config_of(**SMALL), kind, device, dtype))
+    count = 4 if device.type == "cpu" else 40
+    ahead, single = session_of(runner, 1), session_of(runner, 1)
+    found = list(ahead.greedy(5, count))
+    token, wanted = 5, []
+    for _ in range(count):
+        token = int(single.decode([token])[0].argmax())
+        wanted.append(token)
+    assert found == wanted
+    assert ahead.lengths == single.lengths == [count]
+
+
+def test_leaving_the_run_ahead_early_leaves_a_usable_session(device: torch.device) -> None:
+    runner = fast_runner(build(config_of(**SMALL), "dense", device))
+    session, whole = session_of(runner, 1), session_of(runner, 1)
+    wanted = list(whole.greedy(5, 4))
+    found = list(islice(session.greedy(5, 100), 2))
+    assert session.lengths == [2]
+    assert found + list(session.greedy(found[-1], 2)) == wanted
 
 
 @pytest.mark.gpu

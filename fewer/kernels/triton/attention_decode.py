@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fewer.kernels.triton.attention import decode_attention
 
+LONG = 8192  # keys from which larger steps are faster (benchmarks/results/h200.json)
+
 
 class Tiling(NamedTuple):
     splits: int  # the most parts of one row
@@ -57,6 +59,8 @@ def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tili
     """
     programs = 2 * processors * (1 if batch == 1 else 4)
     splits = max(1, min(programs // kv_heads, -(-longest // 64)))
+    if batch == 1 and longest >= LONG:
+        return Tiling(splits, programs, 128, stages=2)
     return Tiling(splits, programs, 64)
 
 

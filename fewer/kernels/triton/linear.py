@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fewer.kernels.triton.block_sizes import Blocks, gemv_blocks, rows_blocks
 from fewer.kernels.triton.gemv import gemv_dense, gemv_int8
 from fewer.kernels.triton.gemv_int4 import gemv_int4, gemv_int4_long
 from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows
@@ -50,13 +51,6 @@ class Fused(NamedTuple):
     word_gain: Tensor | None = None  # `word_order(gain)`, for one row times int4; made where it is missing
 
 
-class Blocks(NamedTuple):
-    rows: int  # BLOCK_N
-    columns: int  # BLOCK_K
-    warps: int
-    stages: int = 1
-
-
 PLAIN = Fused()
 
 
@@ -74,7 +68,8 @@ def multiply(
     gain = x if gain is None else gain
     if count == 1:
         blocks = blocks or gemv_blocks(matrix.kind, size, columns, fused.activation != "none")
-        kernel, codes, grid = _GEMV.get(matrix.kind), matrix.codes, (-(-size // blocks.rows),)
+        grid: tuple[int, ...] = (-(-size // blocks.rows),)
+        kernel, codes = _GEMV.get(matrix.kind), matrix.codes
         if kernel is None:
             kernel = gemv_int4 if blocks.columns >= columns else gemv_int4_long
             codes = codes.view(torch.int32)
@@ -116,25 +111,6 @@ def _programs(tiles: int, device: torch.device) -> int:
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
-    """Block sizes for one row, measured on an H200 (docs/h200.md)."""
-    whole = max(32, 1 << (columns - 1).bit_length())  # int8 sums 32 columns at a time
-    if kind == "dense":
-        return Blocks(2, whole, 4) if whole <= 4096 else Blocks(4, 2048, 4)
-    if kind == "int8":
-        return Blocks(4, min(whole, 2048), 4)
-    rows = 4 if gated else 8
-    return Blocks(rows, whole, max(1, whole // 1024)) if whole <= 8192 else Blocks(rows, 2048, 2)
-
-
-def rows_blocks(count: int, rows: int, columns: int) -> Blocks:
-    """Block sizes for 2 and more rows.
-
-    No more stages than loop steps: Triton 3.6 gave wrong gated int4 products for two steps in three or four stages.
-    """
-    return Blocks(32 if rows < 16384 else 64, 128, 4, min(4, -(-columns // 128)))
 
 
 def dequantize(matrix: Stored, dtype: torch.dtype) -> Tensor:

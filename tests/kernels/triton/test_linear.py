@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from fewer.kernels.nibbles import pack_nibbles
 from fewer.kernels.triton import linear
-from fewer.kernels.triton.linear import Blocks, Fused, Stored, dequantize, matmul, multiply
+from fewer.kernels.triton.block_sizes import Blocks
+from fewer.kernels.triton.linear import Fused, Stored, dequantize, matmul, multiply
 
 KINDS = ["float32", "bfloat16", "int8", "int8-32", "int4-32", "int4-64", "int4-128"]
 ACTIVATIONS = {

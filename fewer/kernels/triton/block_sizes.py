@@ -1,0 +1,54 @@
+"""Block sizes of the products: measured ones for the shapes of Llama-3-8B on an H200, a rule for all others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Blocks(NamedTuple):
+    rows: int  # BLOCK_N
+    columns: int  # BLOCK_K
+    warps: int
+    stages: int = 1
+
+
+# (kind, output rows, columns, gated) -> the fastest of those that benchmarks/h200.py tried (results/h200.json)
+MEASURED: dict[tuple[str, int, int, bool], Blocks] = {
+    ("dense", 6144, 4096, False): Blocks(2, 4096, 4),
+    ("dense", 4096, 4096, False): Blocks(4, 4096, 8),
+    ("dense", 14336, 4096, True): Blocks(2, 4096, 4),
+    ("dense", 4096, 14336, False): Blocks(4, 2048, 4),
+    ("dense", 128256, 4096, False): Blocks(2, 4096, 4),
+    ("int8", 6144, 4096, False): Blocks(4, 2048, 4),
+    ("int8", 4096, 4096, False): Blocks(2, 4096, 4),
+    ("int8", 14336, 4096, True): Blocks(8, 1024, 4),
+    ("int8", 4096, 14336, False): Blocks(4, 2048, 4),
+    ("int8", 128256, 4096, False): Blocks(8, 1024, 4),
+    ("int4", 6144, 4096, False): Blocks(8, 4096, 4),
+    ("int4", 4096, 4096, False): Blocks(8, 2048, 2),
+    ("int4", 14336, 4096, True): Blocks(4, 4096, 4),
+    ("int4", 4096, 14336, False): Blocks(8, 2048, 2),
+    ("int4", 128256, 4096, False): Blocks(8, 4096, 4),
+}
+
+
+def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
+    """Block sizes for one row of x."""
+    known = MEASURED.get((kind, rows, columns, gated))
+    if known is not None:
+        return known
+    whole = max(32, 1 << (columns - 1).bit_length())  # int8 sums 32 columns at a time
+    if kind == "dense":
+        return Blocks(2, whole, 4) if whole <= 4096 else Blocks(4, 2048, 4)
+    if kind == "int8":
+        return Blocks(4, min(whole, 2048), 4)
+    tile = 4 if gated else 8
+    return Blocks(tile, whole, max(1, whole // 1024)) if whole <= 8192 else Blocks(tile, 2048, 2)
+
+
+def rows_blocks(count: int, rows: int, columns: int) -> Blocks:
+    """Block sizes for 2 and more rows of x.
+
+    No more stages than loop steps: Triton 3.6 gave wrong gated int4 products for two steps in three or four stages.
+    """
+    return Blocks(32 if rows < 16384 else 64, 128, 4, min(4, -(-columns // 128)))
