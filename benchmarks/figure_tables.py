@@ -187,6 +187,8 @@ def h200(report: Report) -> str:
             for context, name in (("32,768", "32768 x1"), ("131,072", "131072 x1"), ("eight rows of unequal", unequal))
         ),
     ]
+    worst = figure("check products", "worst_error")
+    rows.append(("products against float64, worst relative error", NOT_MEASURED if worst is None else f"{worst:.1e}"))
     read, flops = figure("bandwidth", "read_bytes_per_second"), figure("bandwidth", "bf16_flops")
     limits = f" It reads {read / 1e12:.2f} TB/s and multiplies {flops / 1e12:,.0f} Tflop/s." if read and flops else ""
     about = report.get("environment", {})

@@ -59,7 +59,7 @@ def test_h200_shows_what_was_measured_and_names_what_failed_or_was_skipped(tmp_p
     assert rows["attention of one new token, 32,768 keys"] == "83.0% of the read bandwidth"
     absent = ("SmolLM2-135M, bf16, decode", "… transformers, eager", "attention of one new token, 131,072 keys")
     assert all(rows[name] == "not measured" for name in absent)
-    assert h200({}).count("not measured") == 11
+    assert h200({}).count("not measured") == 12
 
 
 def test_peers_ratios_and_memory_are_shown_with_their_spread() -> None:
