@@ -212,7 +212,8 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def machine(report: Report) -> str:
     about = report["machine"]
     commit = f", commit {about['commit']}" if "commit" in about else ""
-    return f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, torch {about['torch']}{commit}"
+    threads = f"{about['threads']} thread" + ("s" if about["threads"] != 1 else "")
+    return f"{about['processor']}, {about['cores']} cores, {threads}, torch {about['torch']}{commit}"
 
 
 def spread(value: dict[str, float] | None, text: Text) -> str:

@@ -10,7 +10,11 @@ import pytest
 
 from benchmarks.figure_tables import h200, peers, table
 from benchmarks.figures import BLOCK, MEASURED, PAGES, ROOT, block, regenerate
+from fewer.evaluation.compare import compare
+from fewer.evaluation.comparison import Settings
+from fewer.recipe import Recipe
 from fewer.slots import methods
+from tests.tiny_model import write_model
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -85,6 +89,19 @@ def test_peers_ratios_and_memory_are_shown_with_their_spread() -> None:
     drawn = peers(report)
     assert "| decode after 128 tokens, tokens/s | 200 (100–400) | 200 (100–400) | 1.50 (0.75–3.00) |" in drawn
     assert "250.0 MB over `import torch`" in drawn and "50.0% (25.0%–100%) of the 40.0 GB/s" in drawn
+
+
+def test_a_comparison_becomes_a_row_a_recipe_and_names_what_failed(tmp_path: Path) -> None:
+    recipes = [Recipe.parse(text) for text in ("weights=dense", "weights=int8", "weights=int4:group=128")]
+    settings = Settings(max_tokens=4, rounds=1, prompt_tokens=8, device="cpu")
+    result = compare(str(write_model(tmp_path / "tiny")), recipes, settings, ["the cat", "def add"])
+    (tmp_path / "compare.json").write_text(json.dumps(result.to_json()))
+    drawn = block("compare", "", tmp_path)
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in drawn.splitlines() if line[0:3] == "| `"}
+    assert rows["| `dense` (baseline)"][5] == "1.00" and rows["| `dense` (baseline)"][-1] == "100%"
+    assert float(rows["| `int8`"][1]) < float(rows["| `dense` (baseline)"][1])
+    assert set(rows["| `int4:group=128`"][1:]) == {"–"}  # the tiny model is too narrow for such groups
+    assert "`int4:group=128` was not measured: " in drawn
 
 
 def test_a_bar_in_a_cell_does_not_end_it() -> None:
