@@ -303,11 +303,11 @@ def _parse_value(where: str, text: str, kind: Any) -> Any:
         if text not in options:
             raise UsageError(f"'{where}={text}' is not allowed: choose one of {', '.join(options)}")
         return typing.get_args(kind)[options.index(text)]
-    options = typing.get_args(kind)
-    if options and type(None) in options:
+    alternatives = typing.get_args(kind)
+    if type(None) in alternatives:
         if text.lower() == "none":
             return None
-        kind = next(option for option in options if option is not type(None))
+        kind = next(option for option in alternatives if option is not type(None))
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise UsageError(f"'{where}={text}' is not true or false")

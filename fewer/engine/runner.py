@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -47,10 +49,10 @@ class Runner:
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
         if self.single is not None and getattr(cache, "contiguous", False):
-            with self.governor:
-                logits = self.single.run(token, position, cast(ContiguousCache, cache))
-                if math.isfinite(float(logits.sum())):
-                    return logits
+            with self.governor, _collection_waits():
+                found = self.single.run(token, position, cast(ContiguousCache, cache))
+                if math.isfinite(float(found.sum())):
+                    return found
             cache.truncate(0, position)  # the general path below names the layer
         if self.cuda is not None and self.cuda.accepts(cache, 1):
             contiguous = cast(ContiguousCache, cache)
@@ -80,7 +82,7 @@ class Runner:
         end = position + count
         for following in self.cuda.greedy(token, position, cast(ContiguousCache, cache), count):
             position, token = position + 1, following
-            yield token
+            yield following
         if position < end:
             self.decode_one(token, position, cache)  # not finite: names the layer
 
@@ -100,6 +102,19 @@ class Runner:
             f"the model's output is not finite ({where}): the checkpoint may be damaged, or {self.dtype} too narrow "
             "for it: try --dtype float32"
         )
+
+
+@contextmanager
+def _collection_waits() -> Iterator[None]:
+    """A step makes hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By its
+    end they are gone, and there is nothing to look for."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_one_token(step: Step) -> bool:

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fewer.model.experts import Experts
+from fewer.model.feed_forward import FeedForward
+from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
 from fewer.slots import ContiguousCache
 
@@ -45,8 +49,12 @@ def supports(model: Transformer) -> bool:
         and config.residual_scale == 1.0
         and config.rotary_dim in (0, config.head_dim)
         and config.head_dim % 2 == 0
-        and all(layer.attention.qkv.is_fused and layer.feed_forward.gate_up.is_fused for layer in model.layers)
+        and all(layer.attention.qkv.is_fused and _is_fused(layer.feed_forward) for layer in model.layers)
     )
+
+
+def _is_fused(block: FeedForward | Experts) -> bool:
+    return isinstance(block, FeedForward) and block.gate_up.is_fused
 
 
 class _Norm:
@@ -67,10 +75,22 @@ class _Norm:
 class _Linear:
     """A product with its bias, and the dtype that its input must have."""
 
-    def __init__(self, linear: object) -> None:
-        self.dtype: torch.dtype = linear.format.compute_dtype  # type: ignore[attr-defined]
-        self.product: Product = linear.format.product()  # type: ignore[attr-defined]
-        self.bias: Tensor | None = linear.bias  # type: ignore[attr-defined]
+    def __init__(self, linear: Linear) -> None:
+        self.dtype: torch.dtype = linear.format.compute_dtype
+        self.product: Product = linear.format.product()
+        self.bias: Tensor | None = linear.bias
+
+
+class _Layer(NamedTuple):
+    """What one layer runs, in this order."""
+
+    attention_norm: _Norm
+    qkv: _Linear
+    turn: int  # row of `turns`: 0 rotates, 1 does not
+    o: _Linear
+    feed_forward_norm: _Norm
+    gate_up: _Linear
+    down: _Linear
 
 
 class SingleToken:
@@ -94,12 +114,13 @@ class SingleToken:
         self.norm = _Norm(model.norm, model.head.compute_dtype, self.residual, config.norm_eps)
         self.head = model.head.product()
 
-    def _prepare(self, layer: Layer) -> tuple[object, ...]:
+    def _prepare(self, layer: Layer) -> _Layer:
         attention, feed_forward = layer.attention, layer.feed_forward
+        assert isinstance(feed_forward, FeedForward)
         qkv, o = _Linear(attention.qkv), _Linear(attention.o)
         gate_up, down = _Linear(feed_forward.gate_up), _Linear(feed_forward.down)
         assert layer.attention_norm is not None and layer.feed_forward_norm is not None
-        return (
+        return _Layer(
             _Norm(layer.attention_norm, qkv.dtype, self.residual, self.config.norm_eps),
             qkv,
             0 if attention.rotary is not None else 1,

@@ -90,7 +90,8 @@ class Int8Format(WeightFormat):
         flat = index.reshape(-1)
         if self.halves:
             codes = _join(nibbles.rows_from_cpu(self.codes, flat))
-            scale = self.scale[self.scale.shape[0] // 2 :, flat, 0].t()
+            low = self.scale[self.scale.shape[0] // 2 :]  # [G, N', 2]
+            scale = low[:, int(flat), :1].t() if len(flat) == 1 else low[:, flat, 0].t()
         else:
             codes, scale = self.codes[flat], self.scale[flat]
         return _decode(codes, scale).view(*index.shape, self.shape[1])
