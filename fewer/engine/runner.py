@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -49,10 +48,9 @@ class Runner:
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
         if self.single is not None and getattr(cache, "contiguous", False):
-            with self.governor, _collection_waits():
-                found = self.single.run(token, position, cast(ContiguousCache, cache))
-                if math.isfinite(float(found.sum())):
-                    return found
+            found = self._single_step(self.single, token, position, cast(ContiguousCache, cache))
+            if math.isfinite(float(found.sum())):
+                return found
             cache.truncate(0, position)  # the general path below names the layer
         if self.cuda is not None and self.cuda.accepts(cache, 1):
             contiguous = cast(ContiguousCache, cache)
@@ -70,21 +68,49 @@ class Runner:
         assert logits is not None
         return logits
 
-    def runs_ahead(self, cache: KVCache) -> bool:
-        """Whether `greedy` keeps the device busy while the host waits for tokens."""
-        return self.cuda is not None and self.cuda.accepts(cache, 1)
+    def has_fast_path(self, cache: KVCache) -> bool:
+        """Whether `greedy` can run over this cache of one row."""
+        if self.cuda is not None:
+            return self.cuda.accepts(cache, 1)
+        return self.single is not None and bool(getattr(cache, "contiguous", False))
 
     @torch.inference_mode()
     def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Feed `token` and then each most likely token of a single sequence, `count` times; yields those tokens. The
-        cache must have room for `count` more, and `runs_ahead` hold. Raises NumericalError."""
-        assert self.cuda is not None
-        end = position + count
-        for following in self.cuda.greedy(token, position, cast(ContiguousCache, cache), count):
+        cache must have room for `count` more, and `has_fast_path` hold. Raises NumericalError."""
+        contiguous, end = cast(ContiguousCache, cache), position + count
+        if self.cuda is not None:
+            tokens = self.cuda.greedy(token, position, contiguous, count)
+        else:
+            tokens = self._greedy_on_cpu(token, position, contiguous, count)
+        for following in tokens:
             position, token = position + 1, following
             yield following
         if position < end:
             self.decode_one(token, position, cache)  # not finite: names the layer
+
+    def _greedy_on_cpu(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
+        """Ends early when logits are not finite; what that step cached is taken back."""
+        assert self.single is not None
+        for at in range(position, position + count):
+            top, best = self._single_step(self.single, token, at, cache).max(-1)
+            if not math.isfinite(float(top)):  # a NaN anywhere is the maximum
+                cache.truncate(0, at)
+                return
+            token = int(best)
+            yield token
+
+    def _single_step(self, single: SingleToken, token: int, position: int, cache: ContiguousCache) -> Tensor:
+        """A step makes hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By
+        its end they are gone, and there is nothing to look for: so the collector waits."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with self.governor:
+                return single.run(token, position, cache)
+        finally:
+            if collects:
+                gc.enable()
 
     def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
         """One token in each row, left tentative like every step's."""
@@ -102,19 +128,6 @@ class Runner:
             f"the model's output is not finite ({where}): the checkpoint may be damaged, or {self.dtype} too narrow "
             "for it: try --dtype float32"
         )
-
-
-@contextmanager
-def _collection_waits() -> Iterator[None]:
-    """A step makes hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By its
-    end they are gone, and there is nothing to look for."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _is_one_token(step: Step) -> bool:

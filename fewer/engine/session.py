@@ -93,7 +93,7 @@ class Session:
         """Feed `token` to a single sequence, then each most likely token (the lowest of equals): yields `count` of
         them. All but the last are fed; a caller that stops earlier leaves the last one it saw unfed, too."""
         while count:
-            if not self.runner.runs_ahead(self.cache):
+            if not self.runner.has_fast_path(self.cache):
                 token, count = int(self.decode((token,)).argmax()), count - 1
                 yield token
                 continue

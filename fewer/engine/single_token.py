@@ -1,10 +1,11 @@
 """The fast path of decoding on a CPU: one new token of one sequence, everything hoisted that can be.
 
-A small model's step is a few hundred operations of a microsecond each, so what counts is how many there are. This is
-the network of `fewer.model.transformer` for the shape B = T = 1 with a contiguous cache, written as one flat loop:
+A small model's step is a few hundred operations of a microsecond each, so what counts is how many there are and what
+stands between them. This is the network of `fewer.model.transformer` for the shape B = T = 1 with a contiguous cache:
 
+- all layers are one flat TorchScript function (no compiler is needed; it also runs as plain Python, some 15 % slower);
 - the residual stream stays float32 and is updated in place;
-- RMSNorm is a dot product, a scalar in Python and one fused multiply, cast while it is copied to the product's input;
+- RMSNorm is a dot product, a scalar and one fused multiply, cast while it is copied to the product's input;
 - q, k and v turn in one complex product (v by 1, q also by the attention scale) and k, v enter the cache in one copy;
 - queries of one group are rows of one attention product, so keys are read once and nothing is masked.
 
@@ -14,29 +15,23 @@ It gives the same numbers as the general path up to rounding; `supports` says fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fewer.model.experts import Experts
+from fewer.formats.base import WeightFormat
+from fewer.kernels.packed_product import Packed, packed_product
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
 from fewer.slots import ContiguousCache
 
-Product = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": torch._C._nn.silu_,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def supports(model: Transformer) -> bool:
-    """Dense decoders with norms before their blocks, full attention, and q, k, v of one format."""
+    """Dense decoders with norms before their blocks, full attention, and matrices that PyTorch's CPU kernels take."""
     config = model.config
     return (
         model.device.type == "cpu"
@@ -49,48 +44,99 @@ def supports(model: Transformer) -> bool:
         and config.residual_scale == 1.0
         and config.rotary_dim in (0, config.head_dim)
         and config.head_dim % 2 == 0
-        and all(layer.attention.qkv.is_fused and _is_fused(layer.feed_forward) for layer in model.layers)
+        and model.head.operands() is not None
+        and all(_is_packed(linear) for layer in model.layers for linear in _linears(layer))
     )
 
 
-def _is_fused(block: FeedForward | Experts) -> bool:
-    return isinstance(block, FeedForward) and block.gate_up.is_fused
+def _linears(layer: Layer) -> tuple[Linear, ...]:
+    block = layer.feed_forward
+    assert isinstance(block, FeedForward)
+    return layer.attention.qkv, layer.attention.o, block.gate_up, block.down
 
 
-class _Norm:
-    """RMSNorm of the residual [1, d] into a reused buffer of the next product's dtype."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, residual: Tensor, eps: float):
-        self.flat = residual.view(-1)
-        self.residual, self.weight, self.eps = residual, weight.view(1, -1), eps
-        self.size = weight.numel()
-        self.zero = torch.zeros_like(residual)
-        self.out = torch.empty(1, self.size, dtype=dtype)
-
-    def __call__(self) -> Tensor:
-        inverse = 1.0 / math.sqrt(torch.dot(self.flat, self.flat).item() / self.size + self.eps)
-        return self.out.copy_(torch.addcmul(self.zero, self.residual, self.weight, value=inverse))
+def _is_packed(linear: Linear) -> bool:
+    return linear.is_fused and linear.format.operands() is not None
 
 
-class _Linear:
-    """A product with its bias, and the dtype that its input must have."""
+@torch.jit.script
+def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor) -> Tensor:
+    """RMSNorm of residual [1, d] float32 into `out`, in the next product's dtype."""
+    flat = residual.view(-1)
+    inverse = 1.0 / math.sqrt(torch.dot(flat, flat).item() / flat.size(0) + eps)
+    return out.copy_(torch.addcmul(zero, residual, gain, value=inverse))
 
-    def __init__(self, linear: Linear) -> None:
-        self.dtype: torch.dtype = linear.format.compute_dtype
-        self.product: Product = linear.format.product()
-        self.bias: Tensor | None = linear.bias
+
+@torch.jit.script
+def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
+    """x [1, K] in the matrix's dtype -> x Wᵀ + b; numbers and tensors are those of a `_Matrix`."""
+    out = packed_product(x, numbers[0], tensors[0], tensors[1], numbers[1], numbers[2])
+    if numbers[3] == 1:
+        out = out + tensors[2]
+    return out
 
 
-class _Layer(NamedTuple):
-    """What one layer runs, in this order."""
+@torch.jit.script
+def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
+    """x as the matrix takes it. Asking is cheaper than a cast that does nothing."""
+    if numbers[4] == 1:
+        x = x.to(tensors[3].dtype)
+    return x
 
-    attention_norm: _Norm
-    qkv: _Linear
-    turn: int  # row of `turns`: 0 rotates, 1 does not
-    o: _Linear
-    feed_forward_norm: _Norm
-    gate_up: _Linear
-    down: _Linear
+
+@torch.jit.script
+def _layers(
+    residual: Tensor, zero: Tensor, eps: float, gains: list[Tensor], numbers: list[list[int]],
+    tensors: list[list[Tensor]], turns: list[Tensor], activation: int,
+    qkv: Tensor, pairs: Tensor, q: Tensor, kv: Tensor, query: Tensor, pool: Tensor, slot: int,
+) -> None:  # fmt: skip
+    """Every layer on the residual [1, d]: two gains, four matrices and one turn each.
+
+    qkv [1, width] float32 is seen as complex `pairs`, as q [1, Hk, G, D] and as kv [2, Hk, D]; `query` is q in the
+    cache's dtype. pool [L, 2, 1, Hk, capacity, D].
+    """
+    written = pool[:, :, 0, :, slot].unbind(0)  # L × [2, Hk, D]
+    live = pool[:, :, :, :, : slot + 1].flatten(0, 1).unbind(0)  # 2L × [1, Hk, slot + 1, D]
+    for layer in range(len(turns)):
+        at = 4 * layer
+        x = _norm(residual, gains[2 * layer], zero, eps, tensors[at][3])
+        qkv.copy_(_product(x, numbers[at], tensors[at]))
+        pairs.mul_(turns[layer])
+        written[layer].copy_(kv)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.copy_(q), live[2 * layer], live[2 * layer + 1], scale=1.0
+        )
+        row = _cast(out.view(1, -1), numbers[at + 1], tensors[at + 1])
+        residual.add_(_product(row, numbers[at + 1], tensors[at + 1]))
+        x = _norm(residual, gains[2 * layer + 1], zero, eps, tensors[at + 2][3])
+        both = _product(x, numbers[at + 2], tensors[at + 2])
+        size = both.size(1) // 2
+        gate, up = both.narrow(1, 0, size), both.narrow(1, size, size)
+        if activation == 0:
+            gate = torch.nn.functional.silu(gate, inplace=True)
+        elif activation == 1:
+            gate = torch.nn.functional.gelu(gate)
+        else:
+            gate = torch.nn.functional.gelu(gate, approximate="tanh")
+        row = _cast(gate.mul_(up), numbers[at + 3], tensors[at + 3])
+        residual.add_(_product(row, numbers[at + 3], tensors[at + 3]))
+
+
+class _Matrix(NamedTuple):
+    """A matrix with its bias, as TorchScript takes it."""
+
+    numbers: list[int]  # kind, group size, rows, whether there is a bias, whether x must be cast
+    tensors: list[Tensor]  # weight, scale, bias, and a row that x may be written to
+
+    @classmethod
+    def of(cls, stored: WeightFormat, bias: Tensor | None, dtype: torch.dtype) -> _Matrix:
+        """`dtype`: what attention and the products before this one yield."""
+        packed: Packed | None = stored.operands()
+        assert packed is not None
+        numbers = [packed.kind, packed.group_size, packed.rows, int(bias is not None), int(packed.dtype != dtype)]
+        row = torch.empty(1, stored.shape[1], dtype=packed.dtype)
+        offset = row if bias is None else bias.view(1, -1).to(packed.dtype)
+        return cls(numbers, [packed.weight, packed.scale, offset, row])
 
 
 class SingleToken:
@@ -100,83 +146,57 @@ class SingleToken:
         config = model.config
         self.model, self.config = model, config
         self.residual = torch.empty(1, config.hidden_size)
-        self.query = config.heads * config.head_dim
-        width = self.query + 2 * config.kv_heads * config.head_dim
+        self.zero = torch.zeros_like(self.residual)
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        queries, group = config.heads * config.head_dim, config.heads // config.kv_heads
         self.qkv = torch.empty(1, width)
         self.pairs = self.qkv.view(torch.complex64)  # [1, width / 2]
-        group = config.heads // config.kv_heads
-        self.q = self.qkv[:, : self.query].view(1, config.kv_heads, group, config.head_dim)
-        self.kv = self.qkv[:, self.query :].view(2, config.kv_heads, config.head_dim)
-        self.q_out = torch.empty_like(self.q, dtype=model.dtype)
-        self.turns = torch.ones(2, width // 2, dtype=torch.complex64)  # row 0: this position; row 1: no rotation
-        self.turns[:, : self.query // 2] = config.scale
-        self.layers = [self._prepare(layer) for layer in model.layers]
-        self.norm = _Norm(model.norm, model.head.compute_dtype, self.residual, config.norm_eps)
-        self.head = model.head.product()
-
-    def _prepare(self, layer: Layer) -> _Layer:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        assert isinstance(feed_forward, FeedForward)
-        qkv, o = _Linear(attention.qkv), _Linear(attention.o)
-        gate_up, down = _Linear(feed_forward.gate_up), _Linear(feed_forward.down)
-        assert layer.attention_norm is not None and layer.feed_forward_norm is not None
-        return _Layer(
-            _Norm(layer.attention_norm, qkv.dtype, self.residual, self.config.norm_eps),
-            qkv,
-            0 if attention.rotary is not None else 1,
-            o,
-            _Norm(layer.feed_forward_norm, gate_up.dtype, self.residual, self.config.norm_eps),
-            gate_up,
-            down,
-        )
+        self.q = self.qkv[:, :queries].view(1, config.kv_heads, group, config.head_dim)
+        self.kv = self.qkv[:, queries:].view(2, config.kv_heads, config.head_dim)
+        self.query = torch.empty_like(self.q, dtype=model.dtype)
+        here, still = torch.ones(2, width // 2, dtype=torch.complex64)  # this position's rotation; none
+        here[: queries // 2] = still[: queries // 2] = config.scale
+        self.turn = here
+        self.turns = [still if layer.attention.rotary is None else here for layer in model.layers]
+        self.rotary = next((layer.attention.rotary for layer in model.layers if layer.attention.rotary), None)
+        self.gains = [gain.view(1, -1) for layer in model.layers for gain in _gains(layer)]
+        matrices = [
+            _Matrix.of(part.format, part.bias, model.dtype) for layer in model.layers for part in _linears(layer)
+        ]
+        self.numbers, self.tensors = [each.numbers for each in matrices], [each.tensors for each in matrices]
+        self.gain, self.head = model.norm.view(1, -1), _Matrix.of(model.head, None, model.dtype)
 
     def run(self, token: int, position: int, cache: ContiguousCache) -> Tensor:
         """-> logits [1, V] float32; the token is committed to the cache."""
-        model, residual, activation = self.model, self.residual, ACTIVATIONS[self.config.activation]
-        residual.copy_(model.embed.rows(torch.tensor([token])))
-        if self.config.embedding_scale is not None:
-            residual.mul_(self.config.embedding_scale)
+        config, residual, eps = self.config, self.residual, self.config.norm_eps
+        residual.copy_(self.model.embed.rows(torch.tensor([token])))
+        if config.embedding_scale is not None:
+            residual.mul_(config.embedding_scale)
         self._turn(position)
         slot = cache.advance_one(position)
-        pool = cache.pools[0]  # [L, 2, 1, Hk, capacity, D]
-        written = pool[:, :, 0, :, slot].unbind(0)  # L × [2, Hk, D]
-        live = pool[:, :, :, :, : slot + 1].flatten(0, 1).unbind(0)  # 2L × [1, Hk, slot + 1, D]
-        qkv_row, pairs, turns, q, q_out, kv = self.qkv, self.pairs, self.turns, self.q, self.q_out, self.kv
-        attend = functional.scaled_dot_product_attention
-        for index, (norm, qkv, turn, o, norm2, gate_up, down) in enumerate(self.layers):
-            qkv_row.copy_(qkv.product(norm()))
-            if qkv.bias is not None:
-                qkv_row.add_(qkv.bias)
-            pairs.mul_(turns[turn])
-            written[index].copy_(kv)
-            out = attend(q_out.copy_(q), live[2 * index], live[2 * index + 1], scale=1.0)
-            out = o.product(out.view(1, -1).to(o.dtype))
-            residual.add_(out if o.bias is None else out + o.bias)
-            both = gate_up.product(norm2())
-            if gate_up.bias is not None:
-                both = both + gate_up.bias
-            gate, up = both.chunk(2, 1)
-            out = down.product(activation(gate).mul_(up).to(down.dtype))
-            residual.add_(out if down.bias is None else out + down.bias)
-        return self.logits(self.norm())
-
-    def _turn(self, position: int) -> None:
-        """Fill row 0 of `turns` with this position's rotation: scaled for q, plain for k, 1 for v."""
-        rotary = next((layer.attention.rotary for layer in self.model.layers if layer.attention.rotary), None)
-        if rotary is None:
-            return
-        factors = rotary.table(position + 1, torch.device("cpu"))[position]
-        half = self.config.head_dim // 2
-        rows = self.turns[0].view(-1, half)
-        rows[: self.config.heads] = factors * self.config.scale
-        rows[self.config.heads : self.config.heads + self.config.kv_heads] = factors
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [1, d] -> [1, V] float32."""
-        logits = self.head(hidden).float()
-        config = self.config
+        _layers(
+            residual, self.zero, eps, self.gains, self.numbers, self.tensors, self.turns,
+            ACTIVATIONS[config.activation], self.qkv, self.pairs, self.q, self.kv, self.query, cache.pools[0], slot,
+        )  # fmt: skip
+        hidden = _norm(residual, self.gain, self.zero, eps, self.head.tensors[3])
+        logits = _product(hidden, self.head.numbers, self.head.tensors).float()
         if config.logit_scale != 1.0:
             logits = logits * config.logit_scale
         if config.logit_softcap is not None:
             logits = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
         return logits
+
+    def _turn(self, position: int) -> None:
+        """This position's rotation: scaled for q, plain for k, 1 for v."""
+        if self.rotary is None:
+            return
+        factors = self.rotary.table(position + 1, torch.device("cpu"))[position]
+        heads, kv_heads = self.config.heads, self.config.kv_heads
+        rows = self.turn.view(-1, self.config.head_dim // 2)
+        rows[:heads] = factors * self.config.scale
+        rows[heads : heads + kv_heads] = factors
+
+
+def _gains(layer: Layer) -> tuple[Tensor, Tensor]:
+    assert layer.attention_norm is not None and layer.feed_forward_norm is not None
+    return layer.attention_norm, layer.feed_forward_norm

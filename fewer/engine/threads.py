@@ -34,12 +34,17 @@ class Governor:
     """Chooses between all threads and one for short steps: `with governor: step`.
 
     It measures PROBE steps of each at the start, then again every PERIOD steps, and at once when PROBE steps in a row
-    take SLOW times what this choice last took. The work of one step must not depend on the thread count.
+    take SLOW times what this choice last took. One thread must win clearly, and is soon doubted: after RETRY steps,
+    then twice as many, and after a pause, because whoever took the core may have gone. The work of one step must not
+    depend on the thread count.
     """
 
     PROBE = 4
     PERIOD = 256
+    RETRY = 32
     SLOW = 1.5
+    CLEARLY = 0.9  # of the time with all threads
+    PAUSE = 0.5  # seconds without a step
 
     def __init__(self, threads: int):
         self.all = threads
@@ -50,23 +55,27 @@ class Governor:
         self._first = 0.0  # seconds a step in the probe before this one
         self._recent: list[float] = []
         self._since = 0
-        self._start = 0.0
-        self._phase = (
-            0 if threads > 1 else -1
-        )  # 0: probe the choice; 1: probe the other; 2: settled; -1: nothing to choose
+        self._until = self.PERIOD  # steps until the next doubt
+        self._start = self._end = 0.0
+        # 0: probe the choice; 1: probe the other; 2: settled; -1: nothing to choose
+        self._phase = 0 if threads > 1 else -1
 
     def __enter__(self) -> None:
         if self._phase >= 0:
-            wanted = self._probing if self._phase < 2 else self.choice
-            _use(wanted)
-            self._start = time.perf_counter()
+            now = time.perf_counter()
+            if self._phase == 2 and self.choice < self.all and now - self._end > self.PAUSE:
+                self._phase, self._probing = 0, self.choice
+                self._until = self.RETRY
+            _use(self._probing if self._phase < 2 else self.choice)
+            self._start = now
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._phase < 0:
             return
-        took = time.perf_counter() - self._start
+        self._end = time.perf_counter()
+        took = self._end - self._start
         if self._phase == 2:
             self._watch(took)
         else:
@@ -79,7 +88,7 @@ class Governor:
         if len(self._recent) == self.PROBE:
             slow = min(self._recent) > self.SLOW * self.usual
             self._recent.clear()
-            if slow or self._since >= self.PERIOD:
+            if slow or self._since >= self._until:
                 self._phase, self._probing = 0, self.choice
 
     def _probe(self, took: float) -> None:
@@ -92,10 +101,12 @@ class Governor:
             self._first, self._phase = typical, 1
             self._probing = 1 if self.choice > 1 else self.all
             return
-        if typical < self._first:
-            self.choice, self.usual = self._probing, typical
+        if typical < self._first * (self.CLEARLY if self._probing < self.all else 1.0):
+            self.choice, self.usual, self._until = self._probing, typical, self.RETRY
         else:
-            self.usual = self._first
+            self.usual, self._until = self._first, 2 * self._until
+        if self.choice == self.all or self._until > self.PERIOD:
+            self._until = self.PERIOD
         self._phase, self._since = 2, 0
 
 

@@ -8,11 +8,13 @@ copy beside its own storage. Methods that quantise (`fewer/weights/`) produce fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from fewer.kernels.packed_product import Packed
 
 
 class WeightFormat(ABC):
@@ -39,9 +41,9 @@ class WeightFormat(ABC):
     def compute_dtype(self) -> torch.dtype:
         """The dtype that the product runs in on this device; other inputs are cast to it and back."""
 
-    def product(self) -> Callable[[Tensor], Tensor]:
-        """The bare product with every look-up hoisted: contiguous x [M, K] in `compute_dtype` -> [M, N]."""
-        return self.matmul
+    def operands(self) -> Packed | None:
+        """The matrix as `packed_product` takes it, or None where the CPU has no such kernel for it."""
+        return None
 
     @abstractmethod
     def rows(self, index: Tensor) -> Tensor:

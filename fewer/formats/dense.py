@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewer.formats.base import WeightFormat
+from fewer.kernels.packed_product import DENSE, Packed
 
 
 class DenseFormat(WeightFormat):
@@ -32,8 +32,8 @@ class DenseFormat(WeightFormat):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def product(self) -> Callable[[Tensor], Tensor]:
-        return functools.partial(functional.linear, weight=self.weight)
+    def operands(self) -> Packed | None:
+        return Packed(DENSE, self.weight, self.weight.new_empty(0), 0, self.shape[0], self.weight.dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:

@@ -9,7 +9,7 @@ On the CPU products run in bfloat16 with float32 accumulation, whatever the dtyp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fewer.errors import UsageError
 from fewer.formats.base import WeightFormat
 from fewer.kernels import nibbles
+from fewer.kernels.packed_product import INT4, Packed
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -78,12 +79,10 @@ class Int4Format(WeightFormat):
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    def product(self) -> Callable[[Tensor], Tensor]:
-        if self.zero is not None or self.packed.shape[0] != self.shape[0]:
-            return self.matmul
-        packed, group_size, scale = self.packed, self.group_size, self.scale
-        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-        return lambda x: kernel(x, packed, group_size, scale)
+    def operands(self) -> Packed | None:
+        if self.zero is not None:
+            return None
+        return Packed(INT4, self.packed, self.scale, self.group_size, self.shape[0], torch.bfloat16)
 
     def matmul(self, x: Tensor) -> Tensor:
         if self.zero is not None:

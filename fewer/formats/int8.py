@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewer.formats.base import WeightFormat
 from fewer.kernels import nibbles
+from fewer.kernels.packed_product import INT8, INT8_HALVES, Packed
 
 ALIGNMENT = 64  # bytes; PyTorch's own allocations have it
 VECTOR = 16  # codes that PyTorch's int8 product reads at once: rows of other widths it reads beyond their end
@@ -69,6 +70,14 @@ class Int8Format(WeightFormat):
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16
+
+    def operands(self) -> Packed | None:
+        rows, columns = self.shape
+        if self.codes.is_cuda or (not self.halves and columns % VECTOR):
+            return None
+        if self.halves:
+            return Packed(INT8_HALVES, self.codes, self.scale, 32, rows, torch.bfloat16)
+        return Packed(INT8, self.codes, self.scale.view(-1), 0, rows, torch.bfloat16)
 
     def matmul(self, x: Tensor) -> Tensor:
         rows, columns = self.shape

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewer.errors import UsageError
 from fewer.formats import FORMATS, DenseFormat, Int4Format, Int8Format, WeightFormat
+from fewer.kernels.packed_product import packed_product
 
 CPU = torch.device("cpu")
 KINDS = ["float32", "bfloat16", "int8", "int8 groups", "int4-32", "int4-64", "int4-128"]
@@ -63,7 +64,11 @@ def test_product_equals_the_dequantised_matrix_in_float64(case: Case, count: int
     wanted, reach = product_in_float64(x, stored)
     rounding = 2**-22 if stored.compute_dtype == torch.float32 else 2**-8
     # bfloat16: of the result, and of the weights where many rows decode the matrix
-    for out in (stored.matmul(x), stored.product()(x)):
+    operands = stored.operands()
+    outs = [stored.matmul(x)]
+    if operands is not None:
+        outs.append(packed_product(x, operands.kind, operands.weight, operands.scale, *operands[3:5]))
+    for out in outs:
         assert out.dtype == x.dtype
         assert ((out.double() - wanted).abs() <= rounding * (reach + wanted.abs()) + 1e-6).all()
 
