@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewer.formats.base import WeightFormat
 from fewer.kernels.packed_product import Packed, packed_product
+from fewer.kernels.scripted import scripted
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
@@ -59,7 +60,7 @@ def _is_packed(linear: Linear) -> bool:
     return linear.is_fused and linear.format.operands() is not None
 
 
-@torch.jit.script
+@scripted
 def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor) -> Tensor:
     """RMSNorm of residual [1, d] float32 into `out`, in the next product's dtype."""
     flat = residual.view(-1)
@@ -67,7 +68,7 @@ def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor)
     return out.copy_(torch.addcmul(zero, residual, gain, value=inverse))
 
 
-@torch.jit.script
+@scripted
 def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """x [1, K] in the matrix's dtype -> x Wᵀ + b; numbers and tensors are those of a `_Matrix`."""
     out = packed_product(x, numbers[0], tensors[0], tensors[1], numbers[1], numbers[2])
@@ -76,7 +77,7 @@ def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     return out
 
 
-@torch.jit.script
+@scripted
 def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """x as the matrix takes it. Asking is cheaper than a cast that does nothing."""
     if numbers[4] == 1:
@@ -84,7 +85,7 @@ def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     return x
 
 
-@torch.jit.script
+@scripted
 def _layers(
     residual: Tensor, zero: Tensor, eps: float, gains: list[Tensor], numbers: list[list[int]],
     tensors: list[list[Tensor]], turns: list[Tensor], activation: int,
