@@ -1,4 +1,4 @@
-# make demo    an answer from the default model, then a comparison of six recipes: report.html and report.json
+# make demo    an answer from the default model, then a comparison of seven recipes: report.html and report.json
 # make test    lint, types and all tests that need no GPU
 # make docs    the generated tables of README.md and docs/
 # make clean   remove what the above made
@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Without an NVIDIA driver the CPU build of PyTorch is pinned; with one, the newest build that pip chooses.
+# Without an NVIDIA driver one version of PyTorch is pinned (its CPU build suffices: `PIP_INDEX_URL` or a wheel on disk
+# can supply that); with a driver, the newest build that pip chooses, with the Triton that it brings.
 TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 
 .PHONY: demo test docs clean

@@ -194,7 +194,7 @@ def h200(report: Report) -> str:
     about = report.get("environment", {})
     return "\n".join(
         [
-            f"{about.get('device', 'unknown GPU')}, torch {about.get('torch', '?')}, Triton {about.get('triton', '?')}."
+            f"{about.get('gpu', about.get('device', 'unknown GPU'))}, torch {about.get('torch', '?')}, Triton {about.get('triton', '?')}."
             f"{limits}",
             "Shapes of the named models with random weights, batch 1, a prompt of 512 tokens; peers in the same run.",
             "",

@@ -29,6 +29,7 @@ from benchmarks import h200_models as models  # noqa: E402
 from benchmarks import h200_peers as peers  # noqa: E402
 from fewer.engine import cuda  # noqa: E402
 from fewer.engine.runner import Runner  # noqa: E402
+from fewer.evaluation.machine import machine  # noqa: E402
 from fewer.model.config import ModelConfig  # noqa: E402
 
 Results = dict[str, object]
@@ -149,8 +150,7 @@ def guard(report: Report, name: str, work: Callable[[], None]) -> None:
 def _environment(device: torch.device) -> Results:
     import triton
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    return machine(device) | {"triton": triton.__version__}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""fewer: run, compare, compress and serve open language models with fewer bits, tokens, experts, layers and steps."""
+"""fewer: run, compare and compress open language models with fewer bits, tokens, experts and steps."""
 
 __version__ = "0.1.0"
 

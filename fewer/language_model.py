@@ -273,6 +273,9 @@ def load(
         raise UsageError(f"context is {context}: ask for at least 1 token")
     start = time.perf_counter()
     checkpoint = open_checkpoint(model, progress)
+    if context is not None and context < checkpoint.config.context_length:
+        # LongRoPE and dynamic scaling choose their frequencies by the context that is to be reached.
+        checkpoint.config = replace(checkpoint.config, context_length=context)
     loader = MatrixLoader(checkpoint, recipe.choices["weights"], chosen_dtype, chosen_device, on_matrix)
     with torch.inference_mode():
         transformer = loader.transformer(chosen_dtype)

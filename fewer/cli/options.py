@@ -75,7 +75,7 @@ Weights = Annotated[
         metavar="SPEC",
         autocompletion=complete_weights,
         rich_help_panel=RECIPE,
-        help="Method for the weights, as in int4:group=64. [default: auto]",
+        help="Method for the weights, as in int4:group=64. (default: auto)",
     ),
 ]
 Cache = Annotated[
@@ -84,7 +84,7 @@ Cache = Annotated[
         metavar="SPEC",
         autocompletion=complete_cache,
         rich_help_panel=RECIPE,
-        help="Method for keys and values, as in sink-window:window=508. [default: full]",
+        help="Method for keys and values, as in sink-window:window=508. (default: full)",
     ),
 ]
 Decoding = Annotated[
@@ -93,7 +93,7 @@ Decoding = Annotated[
         metavar="SPEC",
         autocompletion=complete_decoding,
         rich_help_panel=RECIPE,
-        help="Method of decoding, as in prompt-lookup. [default: plain]",
+        help="Method of decoding, as in prompt-lookup. (default: plain)",
     ),
 ]
 Experts = Annotated[
@@ -102,7 +102,7 @@ Experts = Annotated[
         metavar="SPEC",
         autocompletion=complete_experts,
         rich_help_panel=RECIPE,
-        help="Method for mixtures of experts. [default: resident]",
+        help="Method for mixtures of experts. (default: resident)",
     ),
 ]
 RecipeFile = Annotated[
@@ -116,21 +116,21 @@ RecipeFile = Annotated[
 ]
 DType = Annotated[
     str | None,
-    typer.Option(rich_help_panel=RUN, metavar="DTYPE", help="float32, bfloat16 or float16. [default: bfloat16]"),
+    typer.Option(rich_help_panel=RUN, metavar="DTYPE", help="float32, bfloat16 or float16. (default: bfloat16)"),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(rich_help_panel=RUN, metavar="DEVICE", help="cpu, cuda or cuda:N. [default: a GPU if there is one]"),
+    typer.Option(rich_help_panel=RUN, metavar="DEVICE", help="cpu, cuda or cuda:N. (default: a GPU if there is one)"),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
-        callback=_positive, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. [default: the model's]"
+        callback=_positive, rich_help_panel=RUN, metavar="TOKENS", help="Tokens of context. (default: the model's)"
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(callback=_positive, rich_help_panel=RUN, metavar="N", help="CPU threads. [default: all cores]"),
+    typer.Option(callback=_positive, rich_help_panel=RUN, metavar="N", help="CPU threads. (default: all cores)"),
 ]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-n", callback=_positive, metavar="N", help="At most this many new tokens.")

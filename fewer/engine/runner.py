@@ -86,8 +86,10 @@ class Runner:
         for following in tokens:
             position, token = position + 1, following
             yield following
-        if position < end:
-            self.decode_one(token, position, cache)  # not finite: names the layer
+        while position < end:  # not finite: the general path names the layer, unless its rounding is luckier
+            token = int(self.decode_one(token, position, cache).argmax())
+            position += 1
+            yield token
 
     def _greedy_on_cpu(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
         """Ends early when logits are not finite; what that step cached is taken back."""

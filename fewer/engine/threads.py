@@ -110,11 +110,7 @@ class Governor:
         self._phase, self._since = 2, 0
 
 
-_current = 0
-
-
 def _use(threads: int) -> None:
-    global _current
-    if threads != _current:
-        sys.modules["torch"].set_num_threads(threads)
-        _current = threads
+    torch = sys.modules["torch"]
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)

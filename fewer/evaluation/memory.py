@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 
 from fewer.language_model import LanguageModel
@@ -11,6 +10,8 @@ from fewer.model.experts import Experts
 
 def peak_rss() -> int:
     """The most memory this process has held so far, in bytes."""
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

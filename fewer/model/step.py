@@ -22,7 +22,7 @@ class Step:
     """
 
     tokens: Tensor | None  # [B, T] int64, or None when `embeddings` is given
-    positions: Tensor  # [B, T] int64 absolute positions (a tree node: committed length - 1 + depth, not its slot)
+    positions: Tensor  # [B, T] int64 absolute positions (a tree node: committed length + depth, not its slot)
     role: Role = "prompt"
     embeddings: Tensor | None = None  # [B, T, d] soft tokens, instead of `tokens`
     lengths: Sequence[int] | None = None  # new tokens of each row; None: T for all
