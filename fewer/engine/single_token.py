@@ -57,7 +57,7 @@ def _linears(layer: Layer) -> tuple[Linear, ...]:
 
 
 def _is_packed(linear: Linear) -> bool:
-    return linear.is_fused and linear.format.operands() is not None
+    return all(part.operands() is not None for part in linear.parts)
 
 
 @scripted
@@ -70,7 +70,7 @@ def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor)
 
 @scripted
 def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
-    """x [1, K] in the matrix's dtype -> x Wᵀ + b; numbers and tensors are those of a `_Matrix`."""
+    """x [1, K] in the matrix's dtype -> x Wᵀ + b; numbers and tensors are those of a `_Matrix` of one part."""
     out = packed_product(x, numbers[0], tensors[0], tensors[1], numbers[1], numbers[2])
     if numbers[3] == 1:
         out = out + tensors[2]
@@ -83,6 +83,22 @@ def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     if numbers[4] == 1:
         x = x.to(tensors[3].dtype)
     return x
+
+
+@scripted
+def _side_by_side(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
+    """x [1, K] in the widest dtype of the parts -> x Wᵀ + b, where the rows of W are stored in several formats."""
+    outs: list[Tensor] = []
+    for part in range(len(numbers) // 5):
+        own, held = numbers[5 * part : 5 * part + 5], tensors[4 * part : 4 * part + 4]
+        outs.append(_product(_cast(x, own, held), own, held))
+    return torch.cat(outs, dim=1)
+
+
+@scripted
+def _projection(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
+    """`_product` of a matrix that may be of several parts."""
+    return _product(x, numbers, tensors) if len(numbers) == 5 else _side_by_side(x, numbers, tensors)
 
 
 @scripted
@@ -100,8 +116,8 @@ def _layers(
     live = pool[:, :, :, :, : slot + 1].flatten(0, 1).unbind(0)  # 2L × [1, Hk, slot + 1, D]
     for layer in range(len(turns)):
         at = 4 * layer
-        x = _norm(residual, gains[2 * layer], zero, eps, tensors[at][3])
-        qkv.copy_(_product(x, numbers[at], tensors[at]))
+        x = _norm(residual, gains[2 * layer], zero, eps, tensors[at][-1])
+        qkv.copy_(_projection(x, numbers[at], tensors[at]))
         pairs.mul_(turns[layer])
         written[layer].copy_(kv)
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -109,8 +125,8 @@ def _layers(
         )
         row = _cast(out.view(1, -1), numbers[at + 1], tensors[at + 1])
         residual.add_(_product(row, numbers[at + 1], tensors[at + 1]))
-        x = _norm(residual, gains[2 * layer + 1], zero, eps, tensors[at + 2][3])
-        both = _product(x, numbers[at + 2], tensors[at + 2])
+        x = _norm(residual, gains[2 * layer + 1], zero, eps, tensors[at + 2][-1])
+        both = _projection(x, numbers[at + 2], tensors[at + 2])
         size = both.size(1) // 2
         gate, up = both.narrow(1, 0, size), both.narrow(1, size, size)
         if activation == 0:
@@ -124,20 +140,39 @@ def _layers(
 
 
 class _Matrix(NamedTuple):
-    """A matrix with its bias, as TorchScript takes it."""
+    """A matrix with its bias, as TorchScript takes it: 5 numbers and 4 tensors for each part of one format. The last
+    tensor is a row that x may be written to: the only part's, or one more where there are several."""
 
     numbers: list[int]  # kind, group size, rows, whether there is a bias, whether x must be cast
-    tensors: list[Tensor]  # weight, scale, bias, and a row that x may be written to
+    tensors: list[Tensor]  # weight, scale, bias, and a row in the dtype of x
 
     @classmethod
     def of(cls, stored: WeightFormat, bias: Tensor | None, dtype: torch.dtype) -> _Matrix:
-        """`dtype`: what attention and the products before this one yield."""
+        """`dtype`: what x comes in."""
         packed: Packed | None = stored.operands()
         assert packed is not None
         numbers = [packed.kind, packed.group_size, packed.rows, int(bias is not None), int(packed.dtype != dtype)]
         row = torch.empty(1, stored.shape[1], dtype=packed.dtype)
         offset = row if bias is None else bias.view(1, -1).to(packed.dtype)
         return cls(numbers, [packed.weight, packed.scale, offset, row])
+
+    @classmethod
+    def of_linear(cls, linear: Linear, dtype: torch.dtype) -> _Matrix:
+        """`dtype`: what x comes in, where it does not come from a norm."""
+        if linear.is_fused:
+            return cls.of(linear.format, linear.bias, dtype)
+        widest = linear.compute_dtype
+        offsets = [None] * len(linear.parts) if linear.bias is None else linear.bias.split(linear.widths)
+        parts = [cls.of(part, offset, widest) for part, offset in zip(linear.parts, offsets, strict=True)]
+        row = torch.empty(1, linear.format.shape[1], dtype=widest)
+        return cls([n for part in parts for n in part.numbers], [*(t for part in parts for t in part.tensors), row])
+
+
+def _matrices(layer: Layer, dtype: torch.dtype) -> list[_Matrix]:
+    """qkv, o, gate_up and down; `dtype` is what attention yields."""
+    qkv, o, gate_up, down = _linears(layer)
+    inputs = (qkv, dtype), (o, dtype), (gate_up, dtype), (down, gate_up.compute_dtype)
+    return [_Matrix.of_linear(linear, comes_in) for linear, comes_in in inputs]
 
 
 class SingleToken:
@@ -161,9 +196,7 @@ class SingleToken:
         self.turns = [still if layer.attention.rotary is None else here for layer in model.layers]
         self.rotary = next((layer.attention.rotary for layer in model.layers if layer.attention.rotary), None)
         self.gains = [gain.view(1, -1) for layer in model.layers for gain in _gains(layer)]
-        matrices = [
-            _Matrix.of(part.format, part.bias, model.dtype) for layer in model.layers for part in _linears(layer)
-        ]
+        matrices = [matrix for layer in model.layers for matrix in _matrices(layer, model.dtype)]
         self.numbers, self.tensors = [each.numbers for each in matrices], [each.tensors for each in matrices]
         self.gain, self.head = model.norm.view(1, -1), _Matrix.of(model.head, None, model.dtype)
 

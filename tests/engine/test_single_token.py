@@ -13,7 +13,7 @@ from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
 from fewer.engine.single_token import supports
-from fewer.formats import Int4Format, Int8Format, WeightFormat
+from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.model.config import ExpertsConfig, ModelConfig, RopeScaling
 from fewer.weights.int4 import Int4Config, Int4Weights
 from tests.random_model import config_of, new_session, random_tokens, random_transformer
@@ -161,11 +161,62 @@ def test_other_networks_are_refused(reason: str) -> None:
     torch.testing.assert_close(logits, whole.prefill([tokens]), atol=1e-4, rtol=1e-4)
 
 
-def test_projections_of_different_formats_are_refused() -> None:
-    def quantize(name: str, weight: Tensor) -> WeightFormat:
-        small = name.endswith("attention.v.weight")
-        return Int8Format.from_dense(weight) if small else Int4Format.from_dense(weight, 32)
+def of_parts(dtype: torch.dtype, **kinds: str) -> Callable[[str, Tensor], WeightFormat]:
+    """Formats by projection; int4 for the others."""
 
-    model = random_transformer(BASE, dtype=torch.bfloat16, quantize=quantize)
+    def quantize(name: str, weight: Tensor) -> WeightFormat:
+        kind = kinds.get(name.split(".")[-2], "int4")
+        if kind == "dense":
+            return DenseFormat(weight.to(dtype))
+        return Int8Format.from_dense(weight) if kind == "int8" else Int4Format.from_dense(weight, 32)
+
+    return quantize
+
+
+PARTS = {  # formats by projection, and the parts of qkv and of gate_up
+    "v dense": ({"v": "dense"}, 2, 1),
+    "v and down dense, as in Q4_K_M": ({"v": "dense", "down": "dense"}, 2, 1),
+    "q int8, v dense": ({"q": "int8", "v": "dense"}, 3, 1),
+    "k dense": ({"k": "dense"}, 3, 1),
+    "up dense": ({"up": "dense"}, 1, 2),
+    "gate int8": ({"gate": "int8"}, 1, 2),
+    "all dense but q": ({**dict.fromkeys(("k", "v", "o", "gate", "up", "down"), "dense")}, 2, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("network", ["gqa", "biases"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_projections_of_different_formats_equal_the_general_path(parts: str, network: str, dtype: torch.dtype) -> None:
+    kinds, qkv, gate_up = PARTS[parts]
+    model = random_transformer(NETWORKS[network], dtype=dtype, quantize=of_parts(dtype, **kinds), spread=1.0)
+    layer = model.layers[0]
+    assert (len(layer.attention.qkv.parts), len(layer.feed_forward.gate_up.parts)) == (qkv, gate_up)  # type: ignore[union-attr]
+    fast, general = Runner(model), Runner(model)
+    assert fast.single is not None
+    general.single = None
+    sessions = [new_session(model, runner=runner) for runner in (fast, general)]
+    for session in sessions:
+        session.prefill([random_tokens(5)])
+    compare(*sessions, 12, 3e-2)
+
+
+def test_parts_take_x_in_the_widest_of_their_dtypes() -> None:
+    """A dense float32 part beside a bfloat16 one loses nothing: in the first layer, v is that of the dense model."""
+    dtype = torch.float32
+    mixed_parts = random_transformer(BASE, dtype=dtype, quantize=of_parts(dtype, v="dense", embed="dense"), spread=1.0)
+    dense = random_transformer(BASE, dtype=dtype, spread=1.0)
+    values = []
+    for model in (mixed_parts, dense):
+        session = new_session(model)
+        session.decode([7])
+        values.append(session.cache.pools[0][0, 1, 0, :, 0])  # type: ignore[attr-defined]
+    torch.testing.assert_close(*values, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_without_a_cpu_kernel_is_refused() -> None:
+    config = replace(BASE, hidden_size=72, heads=4, kv_heads=2)  # int8 has no kernel for 72 columns
+    kinds = dict.fromkeys(("q", "k", "o", "gate", "up", "down", "embed", "head"), "dense")
+    model = random_transformer(config, dtype=torch.bfloat16, quantize=of_parts(torch.bfloat16, v="int8", **kinds))
     assert not supports(model)
     assert new_session(model).decode([1]).isfinite().all()
