@@ -237,8 +237,9 @@ class LanguageModel:
 
     def with_recipe(self, recipe: Recipe) -> LanguageModel:
         """The same weights under another cache or decoding method, sharing memory."""
-        if recipe.weights != self.recipe.weights or recipe.dtype != self.recipe.dtype:
-            raise ValueError("with_recipe shares weights: they must be the same")
+        loaded = [(each.weights, each.experts, each.dtype) for each in (recipe, self.recipe)]
+        if loaded[0] != loaded[1]:
+            raise ValueError("with_recipe shares what was loaded: weights, experts and dtype must be the same")
         other = LanguageModel(self.checkpoint, self.transformer, recipe, self.context_length)
         other.runner, other._tokenizer, other.load_seconds = self.runner, self._tokenizer, self.load_seconds
         return other
@@ -278,7 +279,7 @@ def load(
         checkpoint.config = replace(checkpoint.config, context_length=context)
     loader = MatrixLoader(checkpoint, recipe.choices["weights"], chosen_dtype, chosen_device, on_matrix)
     with torch.inference_mode():
-        transformer = loader.transformer(chosen_dtype)
+        transformer = loader.transformer(chosen_dtype, recipe.choices["experts"])
     loaded = LanguageModel(checkpoint, transformer, recipe, context)
     loaded.load_seconds = time.perf_counter() - start
     return loaded

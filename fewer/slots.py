@@ -8,7 +8,7 @@ its frozen config dataclass; `parse_spec` checks both.
     weights    WeightMethod -> WeightFormat               once, while loading
     cache      KVCache, with one LayerCache a layer       inside every attention layer
     decoding   Strategy or Drafter                        around every target pass
-    experts    Router, ExpertStore                        inside every mixture-of-experts layer
+    experts    ExpertsMethod -> Router, ExpertStore       inside every mixture-of-experts layer
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from fewer.errors import UsageError
 from fewer.formats.base import WeightFormat
-from fewer.model.config import ModelConfig
+from fewer.model.config import ExpertsConfig, ModelConfig
+from fewer.model.experts import ExpertStore, Router
+from fewer.model.feed_forward import FeedForward
 from fewer.model.step import LayerCache, Step
 
 Slot = Literal["weights", "cache", "experts", "decoding"]
@@ -120,15 +122,21 @@ class WeightMethod(Protocol):
 # ── experts: fewer experts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Router(Protocol):
-    def route(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """x [n, d] -> experts [n, k] int64, weights [n, k]."""
+class ExpertsMethod(Protocol):
+    """Builds the two halves of each mixture-of-experts layer, once, while loading. A method that changes only one half
+    returns the plain other one (`TopKRouter`, `ResidentStore` of `fewer.model.experts`); models without experts call
+    neither. `Router` and `ExpertStore` are declared where the network calls them:
+
+        Router.route(x [n, d], step) -> experts [n, k] int64, weights [n, k]
+        ExpertStore.run(x [n, d], experts [n, k], weights [n, k]) -> [n, d] float32
+    """
+
+    def router(self, matrix: WeightFormat, settings: ExpertsConfig) -> Router:
+        """`matrix` [E, d] scores the E experts of a layer; `settings` says how many the model takes a token."""
         ...
 
-
-class ExpertStore(Protocol):
-    def run(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x [n, d], experts and weights [n, k] -> [n, d]."""
+    def store(self, experts: list[FeedForward]) -> ExpertStore:
+        """`experts` are the layer's E blocks, on the model's device, in the formats that the weights slot chose."""
         ...
 
 

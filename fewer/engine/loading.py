@@ -11,7 +11,7 @@ from fewer.checkpoint.checkpoint import Checkpoint
 from fewer.errors import UsageError
 from fewer.formats import WeightFormat
 from fewer.model.transformer import Transformer
-from fewer.slots import DTYPES, Choice, WeightMethod
+from fewer.slots import DTYPES, Choice, ExpertsMethod, WeightMethod
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -73,5 +73,11 @@ class MatrixLoader:
     def vector(self, name: str) -> Tensor:
         return self.checkpoint[name].dense(torch.float32).to(self.device)
 
-    def transformer(self, dtype: torch.dtype) -> Transformer:
-        return Transformer(self.checkpoint.config, self.matrix, self.vector, dtype, self.device)
+    def transformer(self, dtype: torch.dtype, experts: Choice | None = None) -> Transformer:
+        """The whole network, whose mixtures of experts `experts` builds; None: the network's plain ones."""
+        parts = (self.checkpoint.config, self.matrix, self.vector, dtype, self.device)
+        if experts is None:
+            return Transformer(*parts)
+        settings = {} if experts.config is None else {"config": experts.config}
+        method: ExpertsMethod = experts.method.target(**settings)
+        return Transformer(*parts, method.router, method.store)

@@ -1,4 +1,4 @@
-"""Fewer experts: one file a method (`fewer.slots.Router`, `fewer.slots.ExpertStore`)."""
+"""Fewer experts: one file a method (`fewer.slots.ExpertsMethod`)."""
 
 from fewer.experts.resident import ResidentExperts
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from fewer.formats.base import WeightFormat
+from fewer.model.config import ExpertsConfig
+from fewer.model.experts import ResidentStore, TopKRouter
+from fewer.model.feed_forward import FeedForward
 from fewer.slots import method
 
 
 @method("resident", slot="experts", lossless=True)
 class ResidentExperts:
-    """The network's own router and store (`fewer.model.experts`) are used as they are."""
+    """The network's own router and store, for every layer."""
+
+    def router(self, matrix: WeightFormat, settings: ExpertsConfig) -> TopKRouter:
+        return TopKRouter(matrix, settings)
+
+    def store(self, experts: list[FeedForward]) -> ResidentStore:
+        return ResidentStore(experts)

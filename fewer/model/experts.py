@@ -1,11 +1,13 @@
 """A mixture of experts: the router picks k of E feed-forward blocks for each token and weighs their outputs.
 
-These are the plain router and the resident store; the `experts` slot may replace either.
+These are the plain router and the resident store; a method of the `experts` slot may build others in their place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +16,30 @@ from fewer.formats.base import WeightFormat
 from fewer.model.config import ExpertsConfig
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
+from fewer.model.step import Step
+
+
+class Router(Protocol):
+    @property
+    def matrix(self) -> WeightFormat:
+        """The stored router matrix [E, d]."""
+        ...
+
+    def route(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """x [n, d], the step's B rows of T tokens one after the other (n = B T, padding included) -> experts [n, k]
+        int64, weights [n, k]. k is the router's choice, one for all tokens of a step."""
+        ...
+
+
+class ExpertStore(Protocol):
+    @property
+    def experts(self) -> Sequence[FeedForward]:
+        """The blocks that are held, whose bytes count as the model's."""
+        ...
+
+    def run(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [n, d], experts and weights [n, k] -> [n, d] float32."""
+        ...
 
 
 @dataclass(slots=True)
@@ -23,7 +49,7 @@ class TopKRouter:
     matrix: WeightFormat  # [E, d]
     settings: ExpertsConfig
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """x [n, d] -> experts [n, k] int64, weights [n, k] float32."""
         probabilities = self.matrix.matmul(x).float().softmax(-1)
         weights, experts = probabilities.topk(self.settings.per_token, dim=-1)
@@ -54,28 +80,23 @@ class ResidentStore:
             start += count
         return out
 
-    @property
-    def nbytes(self) -> int:
-        return sum(expert.nbytes for expert in self.experts)
+
+MakeRouter = Callable[[WeightFormat, ExpertsConfig], Router]  # from a layer's router matrix [E, d]
+MakeStore = Callable[[list[FeedForward]], ExpertStore]  # from a layer's E blocks
 
 
 @dataclass(slots=True)
 class Experts:
-    router: TopKRouter
-    store: ResidentStore
+    router: Router
+    store: ExpertStore
     shared: FeedForward | None = None
     shared_gate: Linear | None = None  # [1, d], sigmoid
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [..., d] -> [..., d]."""
         flat = x.reshape(-1, x.shape[-1])
-        out = self.store.run(flat, *self.router.route(flat))
+        out = self.store.run(flat, *self.router.route(flat, step))
         if self.shared is not None:
             shared = self.shared(flat).float()
             out = out + (shared if self.shared_gate is None else shared * self.shared_gate(flat).float().sigmoid())
         return out.to(x.dtype).view(x.shape)
-
-    @property
-    def nbytes(self) -> int:
-        extra = 0 if self.shared is None else self.shared.nbytes
-        return self.store.nbytes + self.router.matrix.nbytes + extra

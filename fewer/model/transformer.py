@@ -15,7 +15,7 @@ from torch import Tensor
 from fewer.formats.base import WeightFormat
 from fewer.model.attention import Attention
 from fewer.model.config import ModelConfig
-from fewer.model.experts import Experts, ResidentStore, TopKRouter
+from fewer.model.experts import Experts, MakeRouter, MakeStore, ResidentStore, TopKRouter
 from fewer.model.feed_forward import ACTIVATIONS, FeedForward
 from fewer.model.linear import Linear
 from fewer.model.norm import rms_norm
@@ -37,13 +37,23 @@ class Layer:
 
 
 class Transformer:
-    def __init__(self, config: ModelConfig, matrix: Matrix, vector: Vector, dtype: torch.dtype, device: torch.device):
-        """`matrix(name)` and `vector(name)` deliver weights by canonical name; vectors are float32."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        matrix: Matrix,
+        vector: Vector,
+        dtype: torch.dtype,
+        device: torch.device,
+        router: MakeRouter = TopKRouter,
+        store: MakeStore = ResidentStore,
+    ):
+        """`matrix(name)` and `vector(name)` deliver weights by canonical name; vectors are float32. `router` and
+        `store` make the two halves of every mixture of experts."""
         self.config, self.dtype, self.device = config, dtype, device
         self.residual_dtype = torch.float32 if device.type == "cpu" else dtype
         self.embed = matrix("embed.weight")
         self.rotary, self.local_rotary = _rotaries(config)
-        build = _Builder(config, matrix, vector, self.rotary, self.local_rotary)
+        build = _Builder(config, matrix, vector, self.rotary, self.local_rotary, router, store)
         self.layers = [build.layer(index) for index in range(config.layers)]
         self.norm = vector("norm.weight")
         self.head = self.embed if config.tied_embeddings else matrix("head.weight")
@@ -139,7 +149,8 @@ class Transformer:
             if layer.feed_forward_norm is None
             else rms_norm(x, layer.feed_forward_norm, eps, self.dtype)
         )
-        out = layer.feed_forward(normed)
+        block = layer.feed_forward
+        out = block(normed, step) if isinstance(block, Experts) else block(normed)
         if layer.post_feed_forward_norm is not None:
             out = rms_norm(out, layer.post_feed_forward_norm, eps, x.dtype)
         return x + (out if scale == 1.0 else out * scale)
@@ -156,9 +167,19 @@ class Transformer:
 class _Builder:
     """Makes layers from named weights."""
 
-    def __init__(self, config: ModelConfig, matrix: Matrix, vector: Vector, rotary: Rotary, local: Rotary):
+    def __init__(
+        self,
+        config: ModelConfig,
+        matrix: Matrix,
+        vector: Vector,
+        rotary: Rotary,
+        local: Rotary,
+        router: MakeRouter,
+        store: MakeStore,
+    ):
         self.config, self.matrix, self.vector = config, matrix, vector
         self.rotary, self.local_rotary = rotary, local
+        self.router, self.store = router, store
 
     def layer(self, index: int) -> Layer:
         name, placement = f"layers.{index}", self.config.norm_placement
@@ -198,8 +219,8 @@ class _Builder:
     def _experts(self, name: str) -> Experts:
         settings = self.config.experts
         assert settings is not None
-        router = TopKRouter(self.matrix(f"{name}.router.weight"), settings)
-        store = ResidentStore([self._block(f"{name}.experts.{expert}") for expert in range(settings.count)])
+        router = self.router(self.matrix(f"{name}.router.weight"), settings)
+        store = self.store([self._block(f"{name}.experts.{expert}") for expert in range(settings.count)])
         if not settings.shared_intermediate_size:
             return Experts(router, store)
         gate = self._linear([f"{name}.shared_expert_gate"], False)
