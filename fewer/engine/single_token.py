@@ -14,7 +14,9 @@ It gives the same numbers as the general path up to rounding; `supports` says fo
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +62,6 @@ def _is_packed(linear: Linear) -> bool:
     return all(part.operands() is not None for part in linear.parts)
 
 
-@scripted
 def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor) -> Tensor:
     """RMSNorm of residual [1, d] float32 into `out`, in the next product's dtype."""
     flat = residual.view(-1)
@@ -68,7 +69,6 @@ def _norm(residual: Tensor, gain: Tensor, zero: Tensor, eps: float, out: Tensor)
     return out.copy_(torch.addcmul(zero, residual, gain, value=inverse))
 
 
-@scripted
 def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """x [1, K] in the matrix's dtype -> x Wᵀ + b; numbers and tensors are those of a `_Matrix` of one part."""
     out = packed_product(x, numbers[0], tensors[0], tensors[1], numbers[1], numbers[2])
@@ -77,7 +77,6 @@ def _product(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     return out
 
 
-@scripted
 def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """x as the matrix takes it. Asking is cheaper than a cast that does nothing."""
     if numbers[4] == 1:
@@ -85,7 +84,6 @@ def _cast(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     return x
 
 
-@scripted
 def _side_by_side(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """x [1, K] in the widest dtype of the parts -> x Wᵀ + b, where the rows of W are stored in several formats."""
     outs: list[Tensor] = []
@@ -95,13 +93,11 @@ def _side_by_side(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tenso
     return torch.cat(outs, dim=1)
 
 
-@scripted
 def _projection(x: Tensor, numbers: list[int], tensors: list[Tensor]) -> Tensor:
     """`_product` of a matrix that may be of several parts."""
     return _product(x, numbers, tensors) if len(numbers) == 5 else _side_by_side(x, numbers, tensors)
 
 
-@scripted
 def _layers(
     residual: Tensor, zero: Tensor, eps: float, gains: list[Tensor], numbers: list[list[int]],
     tensors: list[list[Tensor]], turns: list[Tensor], activation: int,
@@ -137,6 +133,12 @@ def _layers(
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
         row = _cast(gate.mul_(up), numbers[at + 3], tensors[at + 3])
         residual.add_(_product(row, numbers[at + 3], tensors[at + 3]))
+
+
+@functools.cache
+def _scripted_layers() -> Callable[..., None]:
+    """Made at the first step, with the functions above in it: a model is loaded sooner."""
+    return scripted(_layers)
 
 
 class _Matrix(NamedTuple):
@@ -208,7 +210,7 @@ class SingleToken:
             residual.mul_(config.embedding_scale)
         self._turn(position)
         slot = cache.advance_one(position)
-        _layers(
+        _scripted_layers()(
             residual, self.zero, eps, self.gains, self.numbers, self.tensors, self.turns,
             ACTIVATIONS[config.activation], self.qkv, self.pairs, self.q, self.kv, self.query, cache.pools[0], slot,
         )  # fmt: skip

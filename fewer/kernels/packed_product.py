@@ -1,4 +1,4 @@
-"""One row times a stored matrix on the CPU, callable from TorchScript: the products of the flat decoding path."""
+"""One row times a stored matrix on the CPU, in words that TorchScript takes: the products of the flat decoding path."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from fewer.kernels.scripted import scripted
 
 DENSE, INT4, INT8, INT8_HALVES = 0, 1, 2, 3
 
@@ -23,7 +21,6 @@ class Packed(NamedTuple):
     dtype: torch.dtype  # of x
 
 
-@scripted
 def packed_product(x: Tensor, kind: int, weight: Tensor, scale: Tensor, group_size: int, rows: int) -> Tensor:
     """x [M, K], contiguous, in the matrix's dtype -> x Wᵀ [M, N]."""
     if kind == 0:
