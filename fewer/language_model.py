@@ -16,6 +16,7 @@ from fewer.checkpoint.tokenizer import Tokenizer
 from fewer.decoding.generate import TokenEvent, generate
 from fewer.decoding.sampling import SamplingConfig
 from fewer.decoding.stop_strings import StopStrings
+from fewer.engine.collector import CollectorPause
 from fewer.engine.loading import MatrixLoader, choose_device, choose_dtype
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
@@ -78,7 +79,8 @@ class LanguageModel:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = self.checkpoint.tokenizer()
+            with CollectorPause():  # a vocabulary is a hundred thousand objects, all of them kept
+                self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
     @property
@@ -273,12 +275,13 @@ def load(
     if context is not None and context < 1:
         raise UsageError(f"context is {context}: ask for at least 1 token")
     start = time.perf_counter()
-    checkpoint = open_checkpoint(model, progress)
+    with CollectorPause():
+        checkpoint = open_checkpoint(model, progress)
     if context is not None and context < checkpoint.config.context_length:
         # LongRoPE and dynamic scaling choose their frequencies by the context that is to be reached.
         checkpoint.config = replace(checkpoint.config, context_length=context)
     loader = MatrixLoader(checkpoint, recipe.choices["weights"], chosen_dtype, chosen_device, on_matrix)
-    with torch.inference_mode():
+    with torch.inference_mode(), CollectorPause():
         transformer = loader.transformer(chosen_dtype, recipe.choices["experts"])
     loaded = LanguageModel(checkpoint, transformer, recipe, context)
     loaded.load_seconds = time.perf_counter() - start

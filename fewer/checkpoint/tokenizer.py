@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from fewer.checkpoint.chat_template import ChatTemplate
 from fewer.checkpoint.text_stream import TextStream
 from fewer.errors import UsageError
+
+if TYPE_CHECKING:
+    from fewer.checkpoint.chat_template import ChatTemplate
 
 Spelling = Literal["byte-level", "sentencepiece"]
 
@@ -143,6 +145,8 @@ class Tokenizer:
         if not self._chat_source:
             raise UsageError("the model has no chat template: use --raw to continue the text as it is")
         if self._chat is None:
+            from fewer.checkpoint.chat_template import ChatTemplate  # jinja2 takes 0.1 s to import
+
             self._chat = ChatTemplate(self._chat_source)
         marks = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos}
         names = {name: "" if token is None else self.vocabulary.tokens[token] for name, token in marks.items()}

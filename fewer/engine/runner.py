@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from fewer.engine.collector import CollectorPause
 from fewer.engine.single_token import SingleToken, supports
 from fewer.engine.threads import Governor
 from fewer.errors import NumericalError
@@ -105,14 +105,8 @@ class Runner:
     def _single_step(self, single: SingleToken, token: int, position: int, cache: ContiguousCache) -> Tensor:
         """A step makes hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By
         its end they are gone, and there is nothing to look for: so the collector waits."""
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            with self.governor:
-                return single.run(token, position, cache)
-        finally:
-            if collects:
-                gc.enable()
+        with CollectorPause(), self.governor:
+            return single.run(token, position, cache)
 
     def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
         """One token in each row, left tentative like every step's."""
