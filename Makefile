@@ -17,7 +17,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 demo: $(VENV)/.installed
 	$(BIN)/fewer models pull smollm2
 	$(BIN)/fewer generate "Explain in three sentences why the sky is blue." --max-tokens 120
-	$(BIN)/fewer compare --html report.html --json-file report.json \
+	$(BIN)/fewer compare --rounds 2 --html report.html --json-file report.json \
 		--recipe "weights=dense" \
 		--recipe "weights=int8" \
 		--recipe "weights=int4" \
