@@ -192,10 +192,10 @@ def h200(report: Report) -> str:
     read, flops = figure("bandwidth", "read_bytes_per_second"), figure("bandwidth", "bf16_flops")
     limits = f" It reads {read / 1e12:.2f} TB/s and multiplies {flops / 1e12:,.0f} Tflop/s." if read and flops else ""
     about = report.get("environment", {})
+    gpu = about.get("gpu", about.get("device", "unknown GPU"))
     return "\n".join(
         [
-            f"{about.get('gpu', about.get('device', 'unknown GPU'))}, torch {about.get('torch', '?')}, Triton {about.get('triton', '?')}."
-            f"{limits}",
+            f"{gpu}, torch {about.get('torch', '?')}, Triton {about.get('triton', '?')}.{limits}",
             "Shapes of the named models with random weights, batch 1, a prompt of 512 tokens; peers in the same run.",
             "",
             table(("measure", "figure"), rows),
