@@ -8,6 +8,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 
+from fewer.checkpoint import tokenizer_folder
 from fewer.checkpoint.export import write_folder
 from fewer.checkpoint.tokenizer import Tokenizer
 from fewer.formats import DenseFormat
@@ -43,7 +44,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> Tokeniz
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template)
-    return Tokenizer.from_folder(folder)
+    return tokenizer_folder.read_tokenizer(folder)
 
 
 def write_model(folder: Path, seed: int = 0, chat_template: str | None = CHATML, context: int = 256) -> Path:

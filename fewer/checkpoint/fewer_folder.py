@@ -126,7 +126,9 @@ class FewerCheckpoint(Checkpoint):
         return FewerTensor(name, self.formats[name], self._shapes[name], fields)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_folder(self.path)
+        from fewer.checkpoint.tokenizer_folder import read_tokenizer  # with the `tokenizers` library
+
+        return read_tokenizer(self.path)
 
     def fingerprint(self) -> str:
         text = (self.path / DESCRIPTION).read_bytes()

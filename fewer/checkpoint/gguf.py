@@ -100,9 +100,10 @@ class GGUFCheckpoint(Checkpoint):
         return GGUFTensor(name, self.file, self._sources[name], self.config.rotary_dim or self.config.head_dim)
 
     def tokenizer(self) -> Tokenizer:
-        from fewer.checkpoint.tokenizer import Tokenizer  # slow to import, and not every verb encodes text
 
-        return Tokenizer.from_gguf(self.metadata)
+        from fewer.checkpoint.tokenizer_gguf import read_tokenizer  # with the `tokenizers` library
+
+        return read_tokenizer(self.metadata)
 
     def fingerprint(self) -> str:
         return fingerprint_of(self.kind, self.file.header_bytes(), self.file.size)

@@ -75,9 +75,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         return HuggingFaceTensor(name, self.files, self._sources[name], rotary_dim)
 
     def tokenizer(self) -> Tokenizer:
-        from fewer.checkpoint.tokenizer import Tokenizer  # slow to import, and not every verb encodes text
 
-        return Tokenizer.from_folder(self.path)
+        from fewer.checkpoint.tokenizer_folder import read_tokenizer  # with the `tokenizers` library
+
+        return read_tokenizer(self.path)
 
     def fingerprint(self) -> str:
         files = [f"{name} {size}" for name, size in self.files.sizes.items()]

@@ -66,22 +66,8 @@ class Tokenizer:
         self._chat: ChatTemplate | None = None
         self._pieces: dict[int, bytes] = {}
 
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """From the `tokenizer.*` keys of a GGUF file. Raises CheckpointError."""
-        from fewer.checkpoint import tokenizer_gguf
-
-        return tokenizer_gguf.read_tokenizer(metadata)
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.json and the files beside it, or from what `save` wrote. Raises CheckpointError."""
-        from fewer.checkpoint import tokenizer_folder
-
-        return tokenizer_folder.read_tokenizer(folder)
-
     def save(self, folder: Path) -> None:
-        """Write it into an existing folder: `from_folder` makes the same tokenizer of that. Raises OSError."""
+        """Write it into an existing folder: `tokenizer_folder` reads the same tokenizer back. Raises OSError."""
         if self._write is None:
             raise UsageError("this tokenizer was made in memory and has no files: load one from a model to save it")
         self._write(folder)

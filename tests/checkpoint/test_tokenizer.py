@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Reference
 
+from fewer.checkpoint import tokenizer_folder, tokenizer_gguf
 from fewer.checkpoint.pre_tokenizers import build_pre_tokenizer, find_rule
 from fewer.checkpoint.tokenizer import Tokenizer
 from fewer.errors import CheckpointError, UsageError
@@ -30,7 +31,7 @@ def both(kind: str, folder: Path) -> tuple[Tokenizer, Tokenizer, Reference]:
         model.model.ignore_merges = rule.whole_words
         metadata = metadata_of(model, pre=kind, add_bos_token=True)
     write_folder(folder, model, add_bos_token=True)
-    return Tokenizer.from_gguf(metadata), Tokenizer.from_folder(folder), model
+    return tokenizer_gguf.read_tokenizer(metadata), tokenizer_folder.read_tokenizer(folder), model
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "llama", "gemma"])
@@ -86,7 +87,7 @@ def test_a_saved_tokenizer_loads_back_the_same(kind: str, tmp_path: Path) -> Non
         saved = tmp_path / str(number)
         saved.mkdir()
         tokenizer.save(saved)
-        again = Tokenizer.from_folder(saved)
+        again = tokenizer_folder.read_tokenizer(saved)
         assert again.vocabulary == tokenizer.vocabulary
         assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
@@ -135,12 +136,12 @@ def test_metadata_that_contradicts_itself_is_named(change: dict[str, Any], messa
     metadata.update({f"tokenizer.ggml.{key}": value for key, value in change.items()})
     kept = {key: value for key, value in metadata.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
-        Tokenizer.from_gguf(kept)
+        tokenizer_gguf.read_tokenizer(kept)
 
 
 def test_a_folder_without_a_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no tokenizer.json: .*save_pretrained"):
-        Tokenizer.from_folder(tmp_path)
+        tokenizer_folder.read_tokenizer(tmp_path)
 
 
 def test_special_names_end_a_text_only_where_the_vocabulary_marks_them(tmp_path: Path) -> None:

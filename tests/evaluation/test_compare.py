@@ -53,7 +53,7 @@ def test_the_uncompressed_row_is_the_baseline_and_differs_in_nothing(comparison:
     ratio = comparison.ratio(row)
     assert ratio is not None and (ratio.low, ratio.median, ratio.high) == (1.0, 1.0, 1.0)
     assert row.quality is not None
-    assert (row.quality.kl, row.quality.unchanged) == (0.0, 1.0)
+    assert row.quality.kl < 1e-6 and row.quality.unchanged == 1.0  # threads may round differently from run to run
 
 
 def test_without_it_the_first_measured_row_is_the_baseline(comparison: Comparison) -> None:
@@ -99,7 +99,8 @@ def test_perplexity_on_a_given_text_is_that_of_the_decode_path(folder: Path, mod
     found = compare(str(folder), RECIPES[:1], settings, PROMPTS[:1], TEXT, "essay.txt")
     quality = found.rows[0].quality
     expected = perplexity(model, TEXT, 32, limit=60, decode_path=True)
-    assert quality is not None and (quality.perplexity, quality.scored_tokens) == (expected.perplexity, expected.tokens)
+    assert quality is not None and quality.scored_tokens == expected.tokens
+    assert quality.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
     assert found.text == "essay.txt"
 
 

@@ -16,7 +16,8 @@ from tests.tiny_model import write_model
 def test_a_model_does_not_differ_from_itself(model: LanguageModel) -> None:
     text = reference(model, model.tokenizer.encode(TEXT)[:20], 16)
     same = divergence(model, text)
-    assert (same.kl, same.agreement, same.tokens) == (0.0, 1.0, 16)
+    assert same.kl < 1e-6  # threads may round differently from run to run
+    assert (same.agreement, same.tokens) == (1.0, 16)
 
 
 def test_the_reference_is_the_models_greedy_text(model: LanguageModel) -> None:
