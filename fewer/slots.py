@@ -90,7 +90,8 @@ class KVCache(Protocol):
 class ContiguousCache(KVCache, Protocol):
     """A cache whose `contiguous` is true offers its pool to the engine's fast paths: slot s holds position s."""
 
-    contiguous: bool
+    contiguous: bool  # may change from step to step, as when a window begins to drop tokens
+    contiguous_room: int | None  # tokens that every row may still take before that; None: any number
     pools: list[Tensor]  # one: [L, 2 (keys, values), B, Hk, capacity, D], keys rotated
 
     def begin(self, step: Step) -> None:

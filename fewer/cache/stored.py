@@ -154,9 +154,18 @@ class StoredCache:
         return sum(pool.nbytes for pool in self.pools)
 
     @property
+    def contiguous_room(self) -> int | None:
+        """How many more tokens every row may take while each slot s holds position s and is visible: what the fast
+        single-token paths need. None: any number."""
+        slots = self.maps[0]
+        if len(self.maps) > 1 or self.renumbers or self.skips or slots.counts != self.committed:
+            return 0
+        return None if slots.window is None else max(0, slots.window - max(slots.counts))
+
+    @property
     def contiguous(self) -> bool:
-        """Every layer keeps every token, in slots 0, 1, 2, …, of one pool: what the fast single-token paths need."""
-        return len(self.maps) == 1 and self.maps[0].window is None and not (self.renumbers or self.skips)
+        """Whether the next token may take a fast path."""
+        return self.contiguous_room != 0
 
     @property
     def max_step(self) -> int | None:

@@ -68,6 +68,10 @@ class Runner:
         assert logits is not None
         return logits
 
+    def contiguous_room(self, cache: KVCache) -> int | None:
+        """How many tokens `greedy` may take over this cache; None: as many as fit."""
+        return cast(ContiguousCache, cache).contiguous_room
+
     def has_fast_path(self, cache: KVCache) -> bool:
         """Whether `greedy` can run over this cache of one row."""
         if self.cuda is not None:
@@ -77,7 +81,7 @@ class Runner:
     @torch.inference_mode()
     def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Feed `token` and then each most likely token of a single sequence, `count` times; yields those tokens. The
-        cache must have room for `count` more, and `has_fast_path` hold. Raises NumericalError."""
+        cache must have (contiguous) room for `count` more, and `has_fast_path` hold. Raises NumericalError."""
         contiguous, end = cast(ContiguousCache, cache), position + count
         if self.cuda is not None:
             tokens = self.cuda.greedy(token, position, contiguous, count)

@@ -97,7 +97,8 @@ class Session:
                 token, count = int(self.decode((token,)).argmax()), count - 1
                 yield token
                 continue
-            part = min(count, AHEAD)
+            room = self.runner.contiguous_room(self.cache)
+            part = min(count, AHEAD, AHEAD if room is None else room)
             self._make_room([part])
             for following in self.runner.greedy(token, self.lengths[0], self.cache, part):
                 self.passes, token, count = self.passes + 1, following, count - 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewer.cache import FullCache
+from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
 from fewer.decoding.generate import generate
 from fewer.decoding.prompt_lookup import PromptLookup
 from fewer.decoding.sampling import SamplingConfig
@@ -208,6 +208,17 @@ def test_running_ahead_gives_the_tokens_of_single_steps(kind: str, device: torch
         wanted.append(token)
     assert found == wanted
     assert ahead.lengths == single.lengths == [count]
+
+
+def test_running_ahead_stops_where_a_window_drops_a_token(device: torch.device) -> None:
+    model = build(config_of(**SMALL), "dense", device)
+    fast, general = fast_runner(model), general_runner(model)
+    sessions = [
+        Session(runner, SinkWindowCache(model.config, 1, 8, model.dtype, device, SinkWindowConfig(1, 3)))
+        for runner in (fast, general)
+    ]
+    found, wanted = (list(session.greedy(5, 5)) for session in sessions)
+    assert found == wanted
 
 
 def test_leaving_the_run_ahead_early_leaves_a_usable_session(device: torch.device) -> None:

@@ -122,15 +122,39 @@ def test_models_of_one_runner_do_not_share_buffers() -> None:
     assert torch.equal(first, kept)
 
 
-def test_a_cache_that_is_not_contiguous_takes_the_general_path() -> None:
+def test_a_window_takes_the_general_path_from_the_token_that_drops_one() -> None:
     fast, general, tolerance = build(BASE, "float32")
     settings = SinkWindowConfig(2, 6)
+    session = new_session(fast.model, 1, SinkWindowCache, settings, runner=fast)
+    rooms = []
+    for _ in range(8):
+        rooms.append(fast.contiguous_room(session.cache))
+        session.decode([3])
+    assert rooms == [6, 5, 4, 3, 2, 1, 0, 0]
     compare(
         new_session(fast.model, 1, SinkWindowCache, settings, runner=fast),
         new_session(general.model, 1, SinkWindowCache, settings, runner=general),
         30,
         tolerance,
     )
+
+
+@pytest.mark.parametrize("count", [3, 6, 7, 40])
+def test_greedy_tokens_are_the_same_across_a_windows_edge(count: int) -> None:
+    fast, general, _ = build(BASE, "float32")
+    settings = SinkWindowConfig(2, 6)
+    found = list(new_session(fast.model, 1, SinkWindowCache, settings, runner=fast).greedy(5, count))
+    assert found == list(new_session(general.model, 1, SinkWindowCache, settings, runner=general).greedy(5, count))
+    assert len(found) == count
+
+
+def test_after_a_window_has_dropped_tokens_a_rollback_does_not_bring_the_fast_path_back() -> None:
+    fast, _, _ = build(BASE, "float32")
+    session = new_session(fast.model, 1, SinkWindowCache, SinkWindowConfig(2, 6), context=1000, runner=fast)
+    session.prefill([random_tokens(400)])
+    list(session.greedy(5, 200))
+    session.rollback([session.lengths[0] - 5])
+    assert fast.contiguous_room(session.cache) == 0
 
 
 REFUSED = {
