@@ -49,7 +49,8 @@ def sentencepiece(adds_space: bool, vocab_size: int = 500) -> tuple[tokenizers.T
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 259, limit_alphabet=60, show_progress=False)
-    trained.train_from_iterator(CORPUS, trainer)
+    # Which of the rare characters enter the alphabet is chance; the one that tests need spelled in bytes never does.
+    trained.train_from_iterator([text.replace("😀", "") for text in CORPUS], trainer)
     pieces = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     ids = {token: index for index, token in enumerate(tokens)}
