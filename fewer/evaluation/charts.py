@@ -62,15 +62,15 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, height: int = 4
     parts = [_open(height, f"{y_title} against {x_title}")]
     for tick in x_ticks:
         parts.append(f'<line class="grid" x1="{at_x(tick):.1f}" x2="{at_x(tick):.1f}" y1="{top}" y2="{bottom}"/>')
-        parts.append(_text(at_x(tick), bottom + 18, f"{tick:g}", "tick", "middle"))
+        parts.append(svg_text(at_x(tick), bottom + 18, f"{tick:g}", "tick", "middle"))
     for tick in y_ticks:
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{at_y(tick):.1f}" y2="{at_y(tick):.1f}"/>')
-        parts.append(_text(left - 8, at_y(tick) + 4, f"{tick:g}", "tick", "end"))
+        parts.append(svg_text(left - 8, at_y(tick) + 4, f"{tick:g}", "tick", "end"))
     parts.append(f'<path class="axis" d="M{left} {top}V{bottom}H{right}"/>')
-    parts.append(_text((left + right) / 2, height - 10, x_title, "title", "middle"))
+    parts.append(svg_text((left + right) / 2, height - 10, x_title, "title", "middle"))
     middle = (top + bottom) / 2
-    parts.append(_text(16, middle, y_title, "title", "middle", f' transform="rotate(-90 16 {middle:.0f})"'))
-    parts.append(_text(right, top - 14, "better: to the right and down ↘", "tick", "end"))
+    parts.append(svg_text(16, middle, y_title, "title", "middle", f' transform="rotate(-90 16 {middle:.0f})"'))
+    parts.append(svg_text(right, top - 14, "better: to the right and down ↘", "tick", "end"))
     dots = [(at_x(point.x), at_y(point.y)) for point in points]
     taken = [Box(x - 7, y - 7, x + 7, y + 7) for x, y in dots]
     taken += [Box(at_x(point.low), y - 3, at_x(point.high), y + 3) for point, (_, y) in zip(points, dots, strict=True)]
@@ -90,7 +90,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, height: int = 4
         if not _touches(box, x, y):
             end = min(max(x, box.left), box.right), min(max(y, box.top), box.bottom)
             parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{end[0]:.1f} {end[1]:.1f}"/>')
-        parts.append(_text((box.left + box.right) / 2, box.bottom - 4, label, "label", "middle"))
+        parts.append(svg_text((box.left + box.right) / 2, box.bottom - 4, label, "label", "middle"))
     return "".join(parts) + "</svg>"
 
 
@@ -110,23 +110,23 @@ def stacked_bars(bars: Sequence[Bar], names: Sequence[str], x_title: str) -> str
     for index, name in enumerate(names):
         x = left + sum(len(each) * CHARACTER + 34 for each in names[:index])
         parts.append(f'<rect class="part{index}" x="{x:.1f}" y="8" width="12" height="12" rx="2"/>')
-        parts.append(_text(x + 18, 18, name, "tick", "start"))
+        parts.append(svg_text(x + 18, 18, name, "tick", "start"))
     for tick in ticks:
         x = left + width(tick)
         if x <= right:
             parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>')
-            parts.append(_text(x, bottom + 16, f"{tick:g}", "tick", "middle"))
-    parts.append(_text((left + right - room) / 2, height - 8, x_title, "title", "middle"))
+            parts.append(svg_text(x, bottom + 16, f"{tick:g}", "tick", "middle"))
+    parts.append(svg_text((left + right - room) / 2, height - 8, x_title, "title", "middle"))
     for index, bar in enumerate(bars):
         y, x = top + row * index, float(left)
         parts.append(f"<g><title>{escape(bar.tooltip)}</title>")
-        parts.append(_text(left, y + 15, shorten(bar.label, 90), "label", "start"))
+        parts.append(svg_text(left, y + 15, shorten(bar.label, 90), "label", "start"))
         for part, value in enumerate(bar.parts):
             parts.append(
                 f'<rect class="part{part}" x="{x:.1f}" y="{y + 21}" width="{max(width(value), 0.5):.1f}" height="16"/>'
             )
             x += width(value)
-        parts.append(_text(x + 8, y + 33, bar.text, "tick", "start") + "</g>")
+        parts.append(svg_text(x + 8, y + 33, bar.text, "tick", "start") + "</g>")
     return "".join(parts) + "</svg>"
 
 
@@ -185,5 +185,5 @@ def _open(height: int, title: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str, more: str = "") -> str:
+def svg_text(x: float, y: float, text: str, kind: str, anchor: str, more: str = "") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'

@@ -62,7 +62,6 @@ def check_writable(path: Path) -> None:
 
 def html_page(comparison: Comparison) -> str:
     """Every text in it is escaped: names of models and recipes are a stranger's words."""
-    template = resources.files("fewer.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     values = {
         "title": escape(f"{comparison.model}: recipes compared"),
         "model": escape(comparison.model),
@@ -74,7 +73,14 @@ def html_page(comparison: Comparison) -> str:
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes(comparison)),
         "facts": _facts(comparison),
     }
-    return Template(template).substitute(values)
+    return fill_page("report.html", values)
+
+
+def fill_page(name: str, values: Mapping[str, str]) -> str:
+    """A page of this package, with the style that all of them share in it. Values are HTML already."""
+    pages = resources.files("fewer.evaluation")
+    template, style = (pages.joinpath(file).read_text(encoding="utf-8") for file in (name, "page.css"))
+    return Template(template).substitute(values, style=style)
 
 
 def _head(index: int, column: Column) -> str:
