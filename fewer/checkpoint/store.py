@@ -6,7 +6,6 @@ download is under way or was interrupted.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from fewer.checkpoint.aliases import ALIASES, Alias
 from fewer.errors import CheckpointError, UsageError
+from fewer.home import home
 
 
 class Progress(Protocol):
@@ -51,11 +51,6 @@ class InstalledModel:
     path: Path  # the file, or the folder of a model that is one
     nbytes: int
     licence: str
-
-
-def home() -> Path:
-    """`FEWER_HOME`, or `~/.cache/fewer`."""
-    return Path(os.environ.get("FEWER_HOME") or "~/.cache/fewer").expanduser()
 
 
 def folder_of(alias: Alias) -> Path:

@@ -16,6 +16,8 @@ from fewer.checkpoint import store
 from fewer.cli.output import size
 from fewer.evaluation.bandwidth import read_bandwidth
 from fewer.evaluation.machine import cores, processor
+from fewer.home import home
+from fewer.kernels.native import Unavailable, library
 
 PACKAGES = (
     "torch",
@@ -101,16 +103,23 @@ def _kernels() -> dict[str, Any]:
             name: "Triton" if on_gpu else "PyTorch's packed kernel" if has else "decoded, then dense"
             for name, has in packed.items()
         },
+        "decoding_step": "Triton, in one CUDA graph" if on_gpu else _native(),
         "dense": "cuBLAS" if on_gpu else "oneDNN" if torch.backends.mkldnn.is_available() else "ATen",
         "cuda_graphs": on_gpu,
     }
 
 
+def _native() -> str:
+    """How a CPU runs one token."""
+    code = library()
+    return f"TorchScript: {code}" if isinstance(code, Unavailable) else "C, compiled for this processor"
+
+
 def _storage() -> dict[str, Any]:
-    home = store.home()
-    existing = next(folder for folder in (home, *home.absolute().parents) if folder.exists())
+    folder = home()
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     return {
-        "FEWER_HOME": str(home),
+        "FEWER_HOME": str(folder),
         "free_gb": shutil.disk_usage(existing).free / 1e9,
         "installed": [f"{model.name} ({size(model.nbytes)})" for model in store.installed()],
     }

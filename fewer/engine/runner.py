@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from fewer.engine.collector import CollectorPause
-from fewer.engine.single_token import SingleToken, supports
+from fewer.engine.native_token import NativeToken
+from fewer.engine.native_token import supports as native_supports
+from fewer.engine.single_token import SingleToken
+from fewer.engine.single_token import supports as scripted_supports
 from fewer.engine.threads import Governor
 from fewer.errors import NumericalError
 from fewer.model.step import Output, Step
@@ -30,7 +34,7 @@ class Runner:
         self.device = model.device
         self.dtype = model.dtype
         self.governor = Governor(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.single = SingleToken(model) if supports(model) else None
+        self.single = _single_token(model)
         self.cuda = _cuda_decoder(model)
         self.chunk = PREFILL_CHUNK.get(self.device.type, 512)
 
@@ -48,7 +52,8 @@ class Runner:
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
         if self.single is not None and getattr(cache, "contiguous", False):
-            found = self._single_step(self.single, token, position, cast(ContiguousCache, cache))
+            with self._short_step():
+                found = self.single.run(token, position, cast(ContiguousCache, cache))
             if math.isfinite(float(found.sum())):
                 return found
             cache.truncate(0, position)  # the general path below names the layer
@@ -99,18 +104,20 @@ class Runner:
         """Ends early when logits are not finite; what that step cached is taken back."""
         assert self.single is not None
         for at in range(position, position + count):
-            top, best = self._single_step(self.single, token, at, cache).max(-1)
-            if not math.isfinite(float(top)):  # a NaN anywhere is the maximum
+            with self._short_step():
+                best = self.single.most_likely(token, at, cache)
+            if best is None:
                 cache.truncate(0, at)
                 return
-            token = int(best)
+            token = best
             yield token
 
-    def _single_step(self, single: SingleToken, token: int, position: int, cache: ContiguousCache) -> Tensor:
-        """A step makes hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By
+    @contextmanager
+    def _short_step(self) -> Iterator[None]:
+        """A step may make hundreds of short-lived views, enough for Python to look for cyclic garbage several times. By
         its end they are gone, and there is nothing to look for: so the collector waits."""
         with CollectorPause(), self.governor:
-            return single.run(token, position, cache)
+            yield
 
     def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
         """One token in each row, left tentative like every step's."""
@@ -140,6 +147,12 @@ def _is_one_token(step: Step) -> bool:
         and step.layer_plan is None
         and not step.taps
     )
+
+
+def _single_token(model: Transformer) -> SingleToken | NativeToken | None:
+    if native_supports(model):
+        return NativeToken(model)
+    return SingleToken(model) if scripted_supports(model) else None
 
 
 def _cuda_decoder(model: Transformer) -> CudaDecoder | None:

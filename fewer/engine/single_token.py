@@ -222,6 +222,11 @@ class SingleToken:
             logits = torch.tanh(logits / config.logit_softcap) * config.logit_softcap
         return logits
 
+    def most_likely(self, token: int, position: int, cache: ContiguousCache) -> int | None:
+        """-> the index of the largest logit, or None where logits are not finite; the token is committed."""
+        top, best = self.run(token, position, cache).max(-1)
+        return int(best) if math.isfinite(float(top)) else None  # a NaN anywhere is the maximum
+
     def _turn(self, position: int) -> None:
         """This position's rotation: scaled for q, plain for k, 1 for v."""
         if self.rotary is None:

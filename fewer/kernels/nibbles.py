@@ -94,6 +94,11 @@ def matmul_cpu(x: Tensor, packed: Tensor, group_size: int, scales: Tensor, rows:
     return out if out.shape[1] == rows else out[:, :rows]
 
 
+def tile_height() -> int:
+    """Rows stored together, where byte i of a tile's column holds row i and row i + height/2; 0 in any other order."""
+    return _tile()[0] if _halves() else 0
+
+
 @functools.cache
 def _halves() -> bool:
     """Whether a tile's byte i holds row i in its low nibble and row i + height/2 in its high one."""

