@@ -19,7 +19,7 @@ import importlib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -100,6 +100,26 @@ class ContiguousCache(KVCache, Protocol):
 
     def advance_one(self, position: int) -> int:
         """Commit one token of a single row whose keys and values the caller stores; returns its slot."""
+        ...
+
+
+class Place(NamedTuple):
+    """Where the layers of one kind put a single row's new token, and what it sees: slots 0..sinks-1 and first..slot."""
+
+    slot: int
+    first: int
+    sinks: int
+
+
+class PlacedCache(KVCache, Protocol):
+    """A cache that lets a fast path write the keys and values of a single row into its pools, windows or not."""
+
+    can_place: bool  # may change from step to step
+    pools: list[Tensor]  # one a kind of layer: [L, 2 (keys, values), 1, Hk, capacity, D], keys rotated
+    homes: Sequence[tuple[int, int]]  # of each layer: its kind, and its index among the layers of that kind
+
+    def place_one(self, position: int) -> list[Place]:
+        """Commit one token whose keys and values the caller stores; a place for each kind."""
         ...
 
 

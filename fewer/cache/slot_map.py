@@ -66,7 +66,7 @@ class SlotMap:
     def plan(self, step: Step, new: list[int], width: int) -> tuple[StepPlan, Tensor | None]:
         """Place a step of `new[b]` tokens a row, padded to `width`. Also returns the eviction [B, n]: old slots that
         move to slots 0..n-1 first, or None."""
-        moves = self._evict(width) if max(self.counts) + width > self.capacity else None
+        moves = self.make_room(width)
         self.pending = new
         counts = self.counts
         batch, same = len(counts), min(counts) == max(counts)
@@ -128,9 +128,9 @@ class SlotMap:
         keys = self.table[:, None, :stop]
         return (positions[:, :, None] - keys < self.window) | (keys < self.sinks)
 
-    def _evict(self, width: int) -> Tensor | None:
-        """Old slots that stay, in order, the same number in every row; None when nothing may go."""
-        if self.window is None:
+    def make_room(self, width: int) -> Tensor | None:
+        """Evict where `width` more tokens would not fit: old slots [B, n] that move to slots 0..n-1, or None."""
+        if self.window is None or max(self.counts) + width <= self.capacity:
             return None
         keep = self.sinks + self.window + SLACK
         moves = []

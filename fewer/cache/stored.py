@@ -12,6 +12,7 @@ from fewer.kernels.attention import attend, attention, merge
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
+from fewer.slots import Place
 
 
 class StoredLayer:
@@ -143,6 +144,10 @@ class StoredCache:
             shape = (members, 2, batch, config.kv_heads, slots.capacity, config.head_dim)
             self.pools.append(torch.zeros(shape, dtype=dtype, device=device))
         self._point_layers()
+        self.homes = [
+            (self.maps.index(layer.slots), sum(other.slots is layer.slots for other in self.layers[:index]))
+            for index, layer in enumerate(self.layers)
+        ]
         self.skips = False  # some token skipped some layer
         self.committed = [0] * batch
         self._tentative = 0  # width of a step that is not committed yet
@@ -223,6 +228,26 @@ class StoredCache:
         slots.counts[0] = slot + 1
         self.committed[0] += 1
         return slot
+
+    @property
+    def can_place(self) -> bool:
+        """Whether a single row's slots are its sinks and an unbroken run up to the last token."""
+        return self.batch == 1 and not self.renumbers and not self.skips
+
+    def place_one(self, position: int) -> list[Place]:
+        """Commit one token of the single row, which a fast path stores itself; a place for each kind of layer."""
+        places = []
+        for slots in self.maps:
+            moves = slots.make_room(1)
+            if moves is not None:
+                self._move(slots, moves)
+            slot = slots.counts[0]
+            slots.table[0, slot] = position
+            slots.counts[0] = slot + 1
+            first = 0 if slots.window is None else max(0, slot + 1 - slots.window)
+            places.append(Place(slot, first, slots.sinks))
+        self.committed[0] += 1
+        return places
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on. Raises FewerError where a window's tokens before it are

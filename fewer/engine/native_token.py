@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,21 +23,19 @@ from fewer.kernels.native import structures as c
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import ContiguousCache
+from fewer.slots import KVCache, PlacedCache
 
 KINDS = {torch.float32: c.FLOAT32, torch.bfloat16: c.BFLOAT16}
 
 
 def supports(model: Transformer) -> bool:
-    """Dense decoders with one kind of full attention, of matrices that `decode.c` knows."""
+    """Dense decoders whose heads and matrices `decode.c` knows."""
     config = model.config
     return (
         model.device.type == "cpu"
         and not isinstance(library(), Unavailable)
         and model.dtype in KINDS
         and config.experts is None
-        and config.sliding_window is None
-        and config.rotary_dim in (0, config.head_dim)
         and config.head_dim % c.LANES == 0
         and config.head_dim <= c.WIDEST_HEAD
         and config.heads // config.kv_heads <= c.MOST_GROUP
@@ -63,6 +61,7 @@ class NativeToken:
         assert isinstance(code, ctypes.CDLL)
         self.decode = code.fewer_decode
         self.model, self.config = model, model.config
+        self.homes: Sequence[tuple[int, int]] = ()  # of the layers, in the cache that ran last
         self.held: list[Any] = []  # what the structures point at
         self.step = c.Step(model=ctypes.pointer(self._describe()))
         code.fewer_shared_size.restype = ctypes.c_size_t
@@ -70,7 +69,15 @@ class NativeToken:
         self.logits = torch.empty(1, self.config.vocab_size)
         self.step.shared, self.step.logits = self.shared.data_ptr(), self.logits.data_ptr()
 
-    def run(self, token: int, position: int, cache: ContiguousCache) -> Tensor:
+    def accepts(self, cache: KVCache) -> bool:
+        """Whether this cache's next token can be placed."""
+        return getattr(cache, "can_place", False) and len(cast(PlacedCache, cache).pools) <= c.KINDS_OF_LAYER
+
+    def room(self, cache: KVCache) -> int | None:
+        """How many tokens that holds for; None: any number."""
+        return None
+
+    def run(self, token: int, position: int, cache: PlacedCache) -> Tensor:
         """-> logits [1, V] float32; the token is committed to the cache."""
         self._run(token, position, cache)
         logits = self.logits.clone() if self.config.logit_scale == 1.0 else self.logits * self.config.logit_scale
@@ -78,31 +85,36 @@ class NativeToken:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
 
-    def most_likely(self, token: int, position: int, cache: ContiguousCache) -> int | None:
+    def most_likely(self, token: int, position: int, cache: PlacedCache) -> int | None:
         """-> the index of the largest logit, or None where logits are not finite; the token is committed."""
         self._run(token, position, cache)
         return self.step.best if self.step.finite else None
 
-    def _run(self, token: int, position: int, cache: ContiguousCache) -> None:
+    def _run(self, token: int, position: int, cache: PlacedCache) -> None:
         embedded = self.model.embed.rows(torch.tensor([token]))
         if self.config.embedding_scale is not None:
             embedded = embedded * self.config.embedding_scale
-        step, pool = self.step, cache.pools[0]
+        step = self.step
         step.embedded = embedded.data_ptr()
         for index, rotary in enumerate(self.rotaries):
-            table = rotary.table(position + 1, pool.device)
+            table = rotary.table(position + 1, embedded.device)
             step.turns[index] = table.data_ptr() + position * table.stride(0) * table.element_size()
-        store, size = step.store[0], pool.element_size()
-        store.pool = pool.data_ptr()
-        store.layer, store.value, store.head = (pool.stride(axis) * size for axis in (0, 1, 3))
-        store.slot = cache.advance_one(position)
+        if cache.homes is not self.homes:
+            self.homes = cache.homes
+            for layer, home in zip(self.layers, self.homes, strict=True):
+                layer.kind, layer.index = home
+        places = cache.place_one(position)  # may grow or move what a pool holds
+        for store, pool, place in zip(step.store, cache.pools, places, strict=False):
+            size = pool.element_size()
+            store.pool = pool.data_ptr()
+            store.layer, store.value, store.head = (pool.stride(axis) * size for axis in (0, 1, 3))
+            store.slot, store.first, store.sinks = place
         self.decode(ctypes.byref(step), torch.get_num_threads())
 
     def _describe(self) -> c.Model:
         model, config = self.model, self.config
         self.rotaries = list(dict.fromkeys(r for layer in model.layers if (r := layer.attention.rotary) is not None))
-        layers = (c.Layer * config.layers)(*(self._layer(index, layer) for index, layer in enumerate(model.layers)))
-        self.held.append(layers)
+        self.layers = (c.Layer * config.layers)(*map(self._layer, model.layers))
         return c.Model(
             layers=config.layers,
             hidden=config.hidden_size,
@@ -110,6 +122,7 @@ class NativeToken:
             vocab=config.vocab_size,
             activation=c.ACTIVATIONS[config.activation],
             qk_norm=c.QK_NORMS[config.qk_norm],
+            rotary=config.rotary_dim or config.head_dim,
             heads=c.Heads(
                 bfloat16=int(model.dtype == torch.bfloat16),
                 heads=config.heads,
@@ -121,12 +134,12 @@ class NativeToken:
             scale=config.scale,
             clip_qkv=config.clip_qkv or 0.0,
             residual_scale=config.residual_scale,
-            layer=layers,
+            layer=self.layers,
             norm=self._vector(model.norm),
             head=self._matrix([model.head], None),
         )
 
-    def _layer(self, index: int, layer: Layer) -> c.Layer:
+    def _layer(self, layer: Layer) -> c.Layer:
         attention, block = layer.attention, layer.feed_forward
         assert isinstance(block, FeedForward)
         return c.Layer(
@@ -141,8 +154,6 @@ class NativeToken:
             gate_up=self._linear(block.gate_up),
             down=self._linear(block.down),
             turn=-1 if attention.rotary is None else self.rotaries.index(attention.rotary),
-            kind=0,
-            index=index,
         )
 
     def _vector(self, vector: Tensor | None) -> int | None:

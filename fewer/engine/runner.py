@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -51,9 +51,9 @@ class Runner:
     @torch.inference_mode()
     def decode_one(self, token: int, position: int, cache: KVCache) -> Tensor:
         """One token of a single sequence, committed -> logits [1, V] float32."""
-        if self.single is not None and getattr(cache, "contiguous", False):
+        if self.single is not None and self.single.accepts(cache):
             with self._short_step():
-                found = self.single.run(token, position, cast(ContiguousCache, cache))
+                found = self.single.run(token, position, cast(Any, cache))
             if math.isfinite(float(found.sum())):
                 return found
             cache.truncate(0, position)  # the general path below names the layer
@@ -73,25 +73,25 @@ class Runner:
         assert logits is not None
         return logits
 
-    def contiguous_room(self, cache: KVCache) -> int | None:
+    def fast_room(self, cache: KVCache) -> int | None:
         """How many tokens `greedy` may take over this cache; None: as many as fit."""
-        return cast(ContiguousCache, cache).contiguous_room
+        return cast(ContiguousCache, cache).contiguous_room if self.single is None else self.single.room(cache)
 
     def has_fast_path(self, cache: KVCache) -> bool:
         """Whether `greedy` can run over this cache of one row."""
         if self.cuda is not None:
             return self.cuda.accepts(cache, 1)
-        return self.single is not None and bool(getattr(cache, "contiguous", False))
+        return self.single is not None and self.single.accepts(cache)
 
     @torch.inference_mode()
     def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Feed `token` and then each most likely token of a single sequence, `count` times; yields those tokens. The
         cache must have (contiguous) room for `count` more, and `has_fast_path` hold. Raises NumericalError."""
-        contiguous, end = cast(ContiguousCache, cache), position + count
+        end = position + count
         if self.cuda is not None:
-            tokens = self.cuda.greedy(token, position, contiguous, count)
+            tokens = self.cuda.greedy(token, position, cast(ContiguousCache, cache), count)
         else:
-            tokens = self._greedy_on_cpu(token, position, contiguous, count)
+            tokens = self._greedy_on_cpu(token, position, cache, count)
         for following in tokens:
             position, token = position + 1, following
             yield following
@@ -100,12 +100,12 @@ class Runner:
             position += 1
             yield token
 
-    def _greedy_on_cpu(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
+    def _greedy_on_cpu(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Ends early when logits are not finite; what that step cached is taken back."""
         assert self.single is not None
         for at in range(position, position + count):
             with self._short_step():
-                best = self.single.most_likely(token, at, cache)
+                best = self.single.most_likely(token, at, cast(Any, cache))
             if best is None:
                 cache.truncate(0, at)
                 return

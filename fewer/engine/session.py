@@ -97,7 +97,7 @@ class Session:
                 token, count = int(self.decode((token,)).argmax()), count - 1
                 yield token
                 continue
-            room = self.runner.contiguous_room(self.cache)
+            room = self.runner.fast_room(self.cache)
             part = min(count, AHEAD, AHEAD if room is None else room)
             self._make_room([part])
             for following in self.runner.greedy(token, self.lengths[0], self.cache, part):

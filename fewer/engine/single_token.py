@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fewer.kernels.scripted import scripted
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import ContiguousCache
+from fewer.slots import ContiguousCache, KVCache
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
@@ -201,6 +201,14 @@ class SingleToken:
         matrices = [matrix for layer in model.layers for matrix in _matrices(layer, model.dtype)]
         self.numbers, self.tensors = [each.numbers for each in matrices], [each.tensors for each in matrices]
         self.gain, self.head = model.norm.view(1, -1), _Matrix.of(model.head, None, model.dtype)
+
+    def accepts(self, cache: KVCache) -> bool:
+        """Whether the next token can be stored in this cache's one pool."""
+        return bool(getattr(cache, "contiguous", False))
+
+    def room(self, cache: KVCache) -> int | None:
+        """How many tokens that holds for; None: any number."""
+        return cast(ContiguousCache, cache).contiguous_room
 
     def run(self, token: int, position: int, cache: ContiguousCache) -> Tensor:
         """-> logits [1, V] float32; the token is committed to the cache."""

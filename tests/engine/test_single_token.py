@@ -142,22 +142,48 @@ def test_models_of_one_runner_do_not_share_buffers(way: Way) -> None:
     assert torch.equal(first, kept)
 
 
-@every_way
-def test_a_window_takes_the_general_path_from_the_token_that_drops_one(way: Way) -> None:
-    fast, general, tolerance = build(BASE, "float32", way)
-    settings = SinkWindowConfig(2, 6)
-    session = new_session(fast.model, 1, SinkWindowCache, settings, runner=fast)
+def test_torchscript_leaves_a_window_from_the_token_that_drops_one() -> None:
+    fast, _, _ = build(BASE, "float32", SingleToken)
+    session = new_session(fast.model, 1, SinkWindowCache, SinkWindowConfig(2, 6), runner=fast)
     rooms = []
     for _ in range(8):
-        rooms.append(fast.contiguous_room(session.cache))
+        rooms.append(fast.fast_room(session.cache))
         session.decode([3])
     assert rooms == [6, 5, 4, 3, 2, 1, 0, 0]
-    compare(
-        new_session(fast.model, 1, SinkWindowCache, settings, runner=fast),
-        new_session(general.model, 1, SinkWindowCache, settings, runner=general),
-        30,
-        tolerance,
-    )
+
+
+@every_way
+@pytest.mark.parametrize("settings", [SinkWindowConfig(2, 6), SinkWindowConfig(0, 9), SinkWindowConfig(2, 6, True)])
+def test_sinks_and_a_window_equal_the_general_path(settings: SinkWindowConfig, way: Way) -> None:
+    fast, general, tolerance = build(BASE, "float32", way)
+    sessions = [new_session(runner.model, 1, SinkWindowCache, settings, runner=runner) for runner in (fast, general)]
+    compare(*sessions, 30, tolerance)
+
+
+WINDOWS = {
+    "all layers": {"sliding_window": 7},
+    "some layers": {"sliding_window": 7, "sliding_layers": (True, False, True), "local_rope_theta": 100.0},
+}
+
+
+@no_compiler
+@pytest.mark.parametrize("cache", [FullCache, SinkWindowCache])
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_sliding_windows_equal_the_general_path_before_and_after_they_evict(windows: str, cache: type) -> None:
+    fast, general, tolerance = build(replace(BASE, **WINDOWS[windows]), "float32", NativeToken)
+    settings = [SinkWindowConfig(3, 12)] if cache is SinkWindowCache else []
+    sessions = [new_session(r.model, 1, cache, *settings, context=1000, runner=r) for r in (fast, general)]
+    assert fast.has_fast_path(sessions[0].cache)
+    compare(*sessions, 20, tolerance)
+    for session in sessions:
+        session.prefill([random_tokens(240, seed=9)])  # little room is left
+    compare(*sessions, 150, tolerance)  # evicts on the way
+    for session in sessions:
+        session.rollback([session.lengths[0] - 100])
+    compare(*sessions, 20, tolerance)
+    left, right = (session.cache for session in sessions)
+    for layer in range(3):
+        assert left.positions(0, layer).tolist()[-12:] == right.positions(0, layer).tolist()[-12:]
 
 
 @pytest.mark.parametrize("count", [3, 6, 7, 40])
@@ -170,14 +196,50 @@ def test_greedy_tokens_are_the_same_across_a_windows_edge(count: int, way: Way) 
     assert len(found) == count
 
 
-@every_way
-def test_after_a_window_has_dropped_tokens_a_rollback_does_not_bring_the_fast_path_back(way: Way) -> None:
-    fast, _, _ = build(BASE, "float32", way)
+def test_after_a_window_has_dropped_tokens_a_rollback_does_not_bring_torchscript_back() -> None:
+    fast, _, _ = build(BASE, "float32", SingleToken)
     session = new_session(fast.model, 1, SinkWindowCache, SinkWindowConfig(2, 6), context=1000, runner=fast)
     session.prefill([random_tokens(400)])
     list(session.greedy(5, 200))
     session.rollback([session.lengths[0] - 5])
-    assert fast.contiguous_room(session.cache) == 0
+    assert fast.fast_room(session.cache) == 0
+
+
+@no_compiler
+@pytest.mark.parametrize("heads", [(7, 1, 64), (9, 3, 48), (4, 4, 128), (2, 1, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_many_keys_equals_the_general_path(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Several parts, several chunks in a part, and what the last of sixteen keys leaves over."""
+    count, groups, dim = heads
+    config = replace(BASE, heads=count, kv_heads=groups, head_dim=dim, hidden_size=64)
+    fast, general = runners(random_transformer(config, dtype=dtype, spread=1.0), NativeToken)
+    sessions = [new_session(runner.model, 1, context=3000, runner=runner) for runner in (fast, general)]
+    for length in (62, 67, 130, 1001):
+        for session in sessions:
+            session.rollback([0])
+            session.prefill([random_tokens(length)])
+        compare(*sessions, 3, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@no_compiler
+def test_the_number_of_threads_changes_no_bit() -> None:
+    model = random_transformer(BASE, dtype=torch.bfloat16, quantize=mixed, spread=1.0)
+    all_threads = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(1)
+            session = new_session(model, context=3000)
+            session.prefill([random_tokens(700)])
+            session.cache.reserve(704)
+            single = session.runner.single
+            assert single is not None
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found.append(torch.cat([single.run(7, 700 + i, session.cache) for i in range(4)]))  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(all_threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 REFUSED = {
@@ -211,7 +273,7 @@ def test_networks_that_torchscript_does_not_run_take_another_way(reason: str) ->
     model = random_transformer(replace(BASE, **REFUSED[reason]))
     assert not single_token.supports(model)
     runner = Runner(model)
-    assert isinstance(runner.single, NativeToken) == (has_compiler and reason in OF_THE_NATIVE_PATH)
+    assert isinstance(runner.single, NativeToken) == (has_compiler and reason != "experts")
     session, whole = new_session(model, 1, FullCache, runner=runner), new_session(model)
     tokens = random_tokens(24)
     session.prefill([tokens[:20]])

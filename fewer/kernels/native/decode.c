@@ -18,7 +18,7 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t layers, hidden, intermediate, vocab, activation, qk_norm;
+    int32_t layers, hidden, intermediate, vocab, activation, qk_norm, rotary;  // rotary: channels of a head that turn
     Heads heads;
     float eps, scale, clip_qkv, residual_scale;  // clip_qkv 0: none
     const Layer *layer;
@@ -36,7 +36,7 @@ typedef struct {  // where the keys and values of one kind of layer are: [layers
 typedef struct {
     const Model *model;
     const float *embedded;  // [d]
-    const float *turns[2];  // this position's cos and sin in pairs, [dim / 2, 2]
+    const float *turns[2];  // this position's cos and sin in pairs, [rotary / 2, 2]
     Store store[2];
     float *shared;   // shared_size floats
     float *logits;   // [vocab]
@@ -91,7 +91,7 @@ static void prepare(const Model *m, const float *projected, int heads, const flo
         for (int i = 0; i < heads * dim; i++) out[i] = fminf(fmaxf(out[i], -m->clip_qkv), m->clip_qkv);
     for (int head = 0; head < heads; head++, out += dim) {
         if (gain && m->qk_norm == QK_NORM_HEAD) rms_norm(out, gain, dim, m->eps, out);
-        for (int i = 0; turn && i < dim; i += 2) {
+        for (int i = 0; turn && i < m->rotary; i += 2) {
             float real = out[i], imaginary = out[i + 1];
             out[i] = real * turn[i] - imaginary * turn[i + 1];
             out[i + 1] = real * turn[i + 1] + imaginary * turn[i];

@@ -7,6 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 QK_NORMS = {"none": 0, "head": 1, "all": 2}
+KINDS_OF_LAYER = 2  # stores and rotations of a step
 WIDEST_HEAD, MOST_GROUP, LANES, SHORTEST_GROUP = 256, 64, 16, 32
 
 
@@ -41,7 +42,7 @@ class Layer(Structure):
 
 class Model(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocab", "activation", "qk_norm")),
+        *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocab", "activation", "qk_norm", "rotary")),
         ("heads", Heads),
         *((name, c_float) for name in ("eps", "scale", "clip_qkv", "residual_scale")),
         ("layer", POINTER(Layer)),
@@ -62,8 +63,8 @@ class Step(Structure):
     _fields_ = [
         ("model", POINTER(Model)),
         ("embedded", c_void_p),
-        ("turns", c_void_p * 2),
-        ("store", Store * 2),
+        ("turns", c_void_p * KINDS_OF_LAYER),
+        ("store", Store * KINDS_OF_LAYER),
         ("shared", c_void_p),
         ("logits", c_void_p),
         ("best", c_int32),
