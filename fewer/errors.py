@@ -29,3 +29,7 @@ class DownloadError(FewerError):
 
 class NumericalError(FewerError):
     """Logits or hidden states are not finite; the message names the layer."""
+
+
+class PoolExhausted(FewerError):
+    """A cache's pool of fixed size has no page left for the next tokens; what it held, it still holds."""

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import yaml
 
 from fewer.errors import UsageError
-from fewer.slots import DEFAULTS, SLOTS, Choice, Slot, parse_spec
+from fewer.slots import DEFAULTS, SLOTS, Choice, Slot, check_drafts, parse_spec
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Recipe:
                         f"{slot}={choice.method.name} cannot be combined with {other_slot}={other.method.name}: "
                         f"{reason}"
                     )
+        check_drafts(chosen["cache"], chosen["decoding"])
 
     def __str__(self) -> str:
         if self.name:

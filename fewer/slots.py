@@ -46,7 +46,8 @@ class KVCache(Protocol):
     """
 
     layers: Sequence[LayerCache]
-    can_rollback: bool  # False: speculation is refused with this cache
+    slack: int | None  # tokens that can always be taken back; None: any number, 0: none. A class says it for any model
+    keys_rotated: bool  # keys are stored turned to their positions; False: they are turned whenever they are read
     renumbers: bool  # positions count what the cache holds, so the text may outgrow the model's context
 
     @property
@@ -193,7 +194,10 @@ class DraftTree:
 
 
 class Drafter(Protocol):
-    """Proposes draft trees and learns what was accepted. One drafter serves one sequence."""
+    """Proposes draft trees and learns what was accepted. One drafter serves one sequence.
+
+    The config of a drafting method has a field `tokens`: the most guesses it makes a round.
+    """
 
     lossless: bool
 
@@ -324,6 +328,19 @@ def parse_spec(slot: Slot, spec: str) -> Choice:
             )
         parsed[key] = _parse_value(f"{name}:{key}", value, hints[key])
     return Choice(entry, entry.config(**parsed))  # the config's __post_init__ checks ranges and raises UsageError
+
+
+def check_drafts(cache: Choice, decoding: Choice) -> None:
+    """Raise UsageError where the decoding method may guess more than the cache can take back."""
+    guesses: int = getattr(decoding.config, "tokens", 0)
+    slack: int | None = getattr(cache.method.target, "slack", None)
+    if slack is None or guesses <= slack:
+        return
+    fewer_guesses = f"{decoding.method.name}:tokens={slack}" if slack else "plain"
+    raise UsageError(
+        f"decoding={decoding.method.name} guesses up to {guesses} tokens a round, but cache={cache.method.name} can "
+        f"take back {slack or 'none'}: use decoding={fewer_guesses} or cache=full"
+    )
 
 
 def _parse_value(where: str, text: str, kind: Any) -> Any:

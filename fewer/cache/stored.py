@@ -85,7 +85,8 @@ class StoredLayer:
             return plan.mask
         if self.absent is None:
             self.cache.skips = True
-            self.absent = torch.zeros(self.keys.shape[0], self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+            with torch.inference_mode(False):  # a commit outside a pass moves it, too
+                self.absent = torch.zeros(*self.keys.shape[0:3:2], dtype=torch.bool, device=self.keys.device)
         width = plan.step.positions.shape[1]
         skipped = (
             ~layer_plan[:, :, self.index].to(self.absent.device)
@@ -114,7 +115,8 @@ class StoredLayer:
 class StoredCache:
     """A KVCache whose layers follow one or two slot maps: all tokens, or sinks and a window."""
 
-    can_rollback = True
+    slack: int | None = SLACK  # of any model; a cache without windows can take back everything
+    keys_rotated = True
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class StoredCache:
         renumber: bool = False,
     ):
         self.config, self.batch, self.device, self.dtype = config, batch, device, dtype
+        self.slack = None if all(window is None for window in windows) else SLACK
         self.renumbers = renumber  # positions never grow beyond the cache, so the text may
         kinds: dict[tuple[int | None, int], SlotMap] = {}
         for window, sink in zip(windows, sinks, strict=True):

@@ -80,7 +80,8 @@ class Conversation:
                 break
             shared += 1
         session = self._session
-        usable = session is not None and (shared == len(self._held) or session.cache.can_rollback)
+        cut = len(self._held) - shared
+        usable = session is not None and (session.cache.slack is None or cut <= session.cache.slack)
         if session is None or not usable or not shared:
             session, shared = self.model.session(), 0
         else:

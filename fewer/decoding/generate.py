@@ -95,7 +95,7 @@ def generate(
         context = [*(history[index] if history else ()), *prompt]
         drafter = (strategy or Plain()).drafter(sampling, index)
         if drafter is not None:
-            if not session.cache.can_rollback:
+            if session.cache.slack == 0:
                 raise UsageError("this cache cannot take back rejected guesses: use decoding=plain or cache=full")
             drafter.start(context)
         rows.append(_Row(index, context, Sampler(sampling, index), drafter, max_tokens))

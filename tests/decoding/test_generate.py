@@ -204,7 +204,9 @@ def test_a_drafter_that_ignores_the_limit_is_cut() -> None:
 class OneWay(FullCache):
     """A cache that cannot take anything back."""
 
-    can_rollback = False
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.slack = 0
 
 
 def test_speculation_with_a_cache_that_cannot_roll_back_is_refused() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
+from fewer.cache import FullCache, PagedCache, PagedConfig, SinkWindowCache, SinkWindowConfig
 from fewer.cache.slot_map import SLACK
 from fewer.model.transformer import Transformer
 from fewer.slots import DraftTree
@@ -18,6 +18,8 @@ CASES = {
     "full": ({}, (FullCache,)),
     "windows": ({"sliding_window": 9}, (FullCache,)),
     "local-and-global": ({"sliding_window": 9, "sliding_layers": (True, False)}, (FullCache,)),
+    "paged": ({}, (PagedCache, PagedConfig(16))),
+    "paged-windows": ({"sliding_window": 9, "sliding_layers": (True, False)}, (PagedCache, PagedConfig(16))),
     "sink-window": ({}, (SinkWindowCache, SinkWindowConfig(3, 8))),
     "renumbered": ({}, (SinkWindowCache, SinkWindowConfig(3, 8, True))),
 }

@@ -1,0 +1,265 @@
+"""Paged cache: keys and values in pages taken as the text grows; prompts that begin alike share their whole pages.
+
+Paper: Efficient Memory Management for Large Language Model Serving with PagedAttention, arXiv 2309.06180.
+Differs from the paper: shared prompts are found by their tokens, not declared; all rows still compute the prefix, and
+one of them stores it. Nothing is swapped out: a pool of fixed size that is used up refuses the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.cache.pages import PagePool
+from fewer.cache.slot_map import SlotMap, StepPlan
+from fewer.errors import PoolExhausted, UsageError
+from fewer.kernels.paged_attention import paged_attention
+from fewer.model.config import ModelConfig
+from fewer.model.rope import Rotary
+from fewer.model.step import Step
+from fewer.slots import method
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    page_size: int = 32  # tokens a page, 16 to 64
+    pages: int = 0  # pages of the pool; 0: as many as the rows come to own
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.page_size <= 64:
+            raise UsageError(f"paged: page_size={self.page_size} is out of range: use 16 to 64")
+        if self.pages < 0:
+            raise UsageError(f"paged: pages={self.pages} is negative: use 1 or more, or 0 for a pool that grows")
+
+
+@dataclass(slots=True)
+class PagedPlan:
+    """What every layer does in one step. Only rows of the batch with new tokens that no other row stores write."""
+
+    step: Step
+    slots: StepPlan
+    lengths: Tensor  # [B] int64: slots of each row that hold a token, the new ones included
+    rows: Tensor  # [N] row, column in the step, page and place of every token that is written
+    columns: Tensor
+    pages: Tensor
+    offsets: Tensor
+    near: tuple[int, Tensor] | None = None  # windowed layers: the first page read, and what is visible from there on
+
+
+class PagedLayer:
+    """One layer's view of the pool; keys are rotated before they are stored."""
+
+    def __init__(self, cache: PagedCache, index: int, window: int | None):
+        self.cache, self.index, self.window = cache, index, window
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rotary: Rotary | None, step: Step) -> Tensor:
+        plan = self.cache.plan_for(step)
+        if rotary is not None:
+            q, k = rotary.apply(q, step.positions), rotary.apply(k, step.positions)
+        self._store(k, v, plan)
+        first, mask, causal = 0, plan.slots.mask, plan.slots.causal
+        if self.window is not None:
+            (first, mask), causal = self.cache.near(plan, self.window), False
+        size, absent = self.cache.pool.page_size, self.cache.absent
+        if absent is not None and not plan.slots.causal:
+            present = ~absent[self.index, :, None, None, first * size : plan.slots.stop]
+            mask = present if mask is None else mask & present
+        keys, values = self.cache.pool.storage[self.index]
+        return paged_attention(
+            q,
+            keys,
+            values,
+            self.cache.pool.table[:, first:],
+            plan.lengths - first * size,
+            self.cache.config.scale,
+            mask,
+            causal,
+            self.cache.config.attention_softcap or 0.0,
+        )
+
+    def skip(self, nothing: Tensor, step: Step) -> None:
+        self._store(nothing, nothing, self.cache.plan_for(step))
+
+    def _store(self, k: Tensor, v: Tensor, plan: PagedPlan) -> None:
+        """k, v [B, Hk, T, D]: those of written tokens go to their places."""
+        new = torch.stack([part[plan.rows, :, plan.columns] for part in (k, v)], dim=1)  # [N, 2, Hk, D]
+        storage = self.cache.pool.storage
+        storage[self.index][:, plan.pages, :, plan.offsets] = new.to(storage.dtype)
+
+
+@method("paged", slot="cache", paper="2309.06180", lossless=True, config=PagedConfig)
+class PagedCache:
+    """A KVCache that keeps every token of B rows, in one pool for all layers; a model's own windows are masks."""
+
+    slack: int | None = None
+    keys_rotated = True
+    renumbers = False
+    max_step: int | None = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: PagedConfig = PagedConfig(),
+    ):
+        self.config, self.device = config, device
+        size = settings.page_size
+        pages = settings.pages or -(-capacity // size)  # what one row needs: the others may share it
+        self.pool = PagePool(
+            config.layers, batch, config.kv_heads, config.head_dim, size, pages, dtype, device, grows=not settings.pages
+        )
+        self.slots = SlotMap(batch, capacity, device)
+        windows = [config.sliding_window if config.is_sliding(layer) else None for layer in range(config.layers)]
+        self.layers = [PagedLayer(self, index, window) for index, window in enumerate(windows)]
+        self.absent: Tensor | None = None  # [layers, B, capacity] slots of tokens that skipped a layer
+        self.texts: list[list[int]] = [[] for _ in range(batch)]  # a row's tokens, while all of it came as prompts
+        self._plan: PagedPlan | None = None  # of the step that is not committed yet
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.nbytes
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(self.slots.counts)
+
+    @property
+    def physical_lengths(self) -> list[int]:
+        return self.lengths
+
+    def positions(self, row: int, layer: int = 0) -> Tensor:
+        return self.slots.table[row, : self.slots.counts[row]].clone()
+
+    def plan_for(self, step: Step) -> PagedPlan:
+        """The step's plan, made when the first layer asks."""
+        if self._plan is None or self._plan.step is not step:
+            self._plan = self._begin(step)
+        return self._plan
+
+    def near(self, plan: PagedPlan, window: int) -> tuple[int, Tensor]:
+        """For layers with a window: (the first page that some query sees, the mask [B, 1, T, S] from there on)."""
+        if plan.near is None:
+            step, stop = plan.step, plan.slots.stop
+            mask = (step.positions[:, :, None] - self.slots.table[:, None, :stop] < window)[:, None]
+            if plan.slots.causal:
+                mask = mask & torch.ones(stop, stop, dtype=torch.bool, device=self.device).tril()
+            elif plan.slots.mask is not None:
+                mask = mask & plan.slots.mask
+            first = int(mask.flatten(0, 2).any(0).int().argmax()) // self.pool.page_size
+            plan.near = first, mask[..., first * self.pool.page_size :]
+        return plan.near
+
+    def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
+        counts = self.lengths
+        for row, choice in enumerate(kept):
+            self._move(row, counts[row], list(range(choice)) if isinstance(choice, int) else list(choice))
+        moves = self.slots.commit(kept)
+        if moves is not None and self.absent is not None:
+            self.absent[:, :, : moves.shape[1]] = self.absent.gather(2, moves.expand(len(self.layers), -1, -1))
+        for row, length in enumerate(self.slots.counts):
+            self.pool.cut(row, length)
+        self._plan = None
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget the tokens of `row` from position `length` on."""
+        self._abandon()
+        kept = self.slots.count_before(row, length)
+        self.slots.counts[row] = kept
+        self.pool.cut(row, kept)
+        del self.texts[row][kept:]
+
+    def reserve(self, tokens: int) -> None:
+        """Make room in the bookkeeping; pages are taken by the steps that fill them. Raises PoolExhausted where one
+        row of this many tokens would not fit the pool by itself."""
+        wanted = self.pool.pages_for(tokens)
+        if not self.pool.grows and wanted > self.pool.pages:
+            raise PoolExhausted(
+                f"a row of {tokens} tokens takes {wanted} pages of {self.pool.page_size} tokens, and the cache's pool "
+                f"has {self.pool.pages}; use a shorter context or a larger pool"
+            )
+        if tokens > self.slots.capacity:
+            extra = max(tokens, self.slots.capacity * 5 // 4 + 64) - self.slots.capacity
+            self.slots.capacity += extra
+            self.slots.table = torch.nn.functional.pad(self.slots.table, (0, extra))
+            if self.absent is not None:
+                self.absent = torch.nn.functional.pad(self.absent, (0, extra))
+
+    def _begin(self, step: Step) -> PagedPlan:
+        """Place the step's new tokens and take the pages they need. Raises PoolExhausted; then nothing is taken."""
+        self._abandon()
+        batch, width = step.positions.shape
+        new = list(step.lengths) if step.lengths is not None else [width] * batch
+        counts = self.lengths
+        totals = [count + n for count, n in zip(counts, new, strict=True)]
+        slots, _ = self.slots.plan(step, new, width)
+        texts = self._read(step, new)
+        starts = self.pool.prepare(counts, totals, texts)
+        for row, text in enumerate(texts):
+            self.texts[row] = self.texts[row] if text is None else text
+        columns = torch.arange(width)
+        at = torch.tensor(counts)[:, None] + columns  # [B, T] slots
+        written = (at >= torch.tensor(starts)[:, None]) & (columns < torch.tensor(new)[:, None])
+        places = (written.nonzero()[:, 0], written.nonzero()[:, 1], at[written])
+        rows, columns, targets = (part.to(self.device) for part in places)
+        self._mark_absent(step, rows, columns, targets)
+        return PagedPlan(
+            step, slots, torch.tensor(totals, device=self.device), rows, columns, *self.pool.places(rows, targets)
+        )
+
+    def _read(self, step: Step, new: list[int]) -> list[list[int] | None]:
+        """Each row's whole text with the step's tokens, None where it is not known or what is stored is not the text's
+        alone. Only prompts are read: what is generated would have to come back from the GPU every step."""
+        readable = step.role == "prompt" and step.mask == "causal" and step.tokens is not None
+        if not readable or step.layer_plan is not None or self.absent is not None:
+            return [None] * len(new)
+        assert step.tokens is not None
+        tokens = step.tokens.tolist()
+        return [
+            [*text, *tokens[row][: new[row]]] if len(text) == self.slots.counts[row] else None
+            for row, text in enumerate(self.texts)
+        ]
+
+    def _mark_absent(self, step: Step, rows: Tensor, columns: Tensor, slots: Tensor) -> None:
+        if step.layer_plan is not None and self.absent is None:
+            shape = len(self.layers), len(self.slots.counts), self.slots.capacity
+            with torch.inference_mode(False):  # a commit outside a pass writes to it, too
+                self.absent = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        if self.absent is not None:
+            runs = None if step.layer_plan is None else step.layer_plan.to(self.device)[rows, columns]  # [N, L]
+            self.absent[:, rows, slots] = False if runs is None else ~runs.t()
+
+    def _move(self, row: int, count: int, chosen: list[int]) -> None:
+        """Move the chosen new slots of a row together, behind its `count` old ones."""
+        fed = self.texts[row][count:]
+        if fed:
+            self.texts[row][count:] = [fed[index] for index in chosen]
+        moved = [(count + index, count + place) for place, index in enumerate(chosen) if index != place]
+        if not moved:
+            return
+        self.pool.prepare(*self._only(row, moved[0][1]))  # a prompt's pages may be shared already
+        storage = self.pool.storage
+        sources, targets = torch.tensor(moved, device=self.device).t()
+        whose = torch.full_like(sources, row)
+        (pages, offsets), (new_pages, new_offsets) = (self.pool.places(whose, at) for at in (sources, targets))
+        storage[:, :, new_pages, :, new_offsets] = storage[:, :, pages, :, offsets]
+
+    def _only(self, row: int, start: int) -> tuple[list[int], list[int]]:
+        """Starts and stops for `PagePool.prepare` that make one row writable from `start` to its end."""
+        starts, stops = list(self.pool.lengths), list(self.pool.lengths)
+        starts[row] = start
+        return starts, stops
+
+    def _abandon(self) -> None:
+        """The last step failed or was given up."""
+        if self._plan is None:
+            return
+        self._plan = None
+        self.pool.abandon(self.slots.counts)
+        for text, count in zip(self.texts, self.slots.counts, strict=True):
+            del text[count:]
