@@ -5,6 +5,8 @@ Queries are grouped: H query heads share Hk key heads, H = Hk·G, and query head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -56,17 +58,21 @@ def attend(
     return out.reshape(batch, heads, queries, head_dim).to(q.dtype), lse.reshape(batch, heads, queries)
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join attention over disjoint sets of keys: [(output [.., D], lse [..])] -> the same over their union.
 
-    out = Σ exp(lse_i - lse)·out_i with lse = log Σ exp(lse_i): associative and commutative. A part that saw no key has
-    lse = -inf and weighs nothing.
+    out = Σ exp(lse_i - lse)·out_i with lse = log Σ exp(lse_i): associative and commutative, so trees of parts nest.
+    Summed in float32, returned in the first output's dtype. A part that saw no key has lse = -inf and weighs nothing,
+    whatever its output holds; where no part saw a key the output is 0.
     """
     outputs, lses = zip(*parts, strict=True)
     stacked = torch.stack(lses)  # [parts, ..]
     lse = stacked.logsumexp(0)
     weights = (stacked - lse.nan_to_num(neginf=0.0)).exp()[..., None]
-    return (weights * torch.stack(outputs).float()).sum(0).to(outputs[0].dtype), lse
+    total = torch.zeros_like(outputs[0], dtype=torch.float32)
+    for output, weight in zip(outputs, weights, strict=True):
+        total += torch.where(weight > 0, output.float() * weight, 0.0)
+    return total.to(outputs[0].dtype), lse
 
 
 def _with_causal(mask: Tensor | None, causal: bool, queries: int, device: torch.device) -> Tensor | None:
