@@ -25,6 +25,7 @@ from fewer.model.config import ModelConfig
 from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
 from fewer.slots import KVCache
+from fewer.training.adapter_store import with_adapters
 
 GREEDY = SamplingConfig()
 Messages = Sequence[dict[str, str]]
@@ -66,6 +67,7 @@ class LanguageModel:
         self.checkpoint = checkpoint
         self.transformer = transformer
         self.recipe = recipe
+        self.choices = with_adapters(recipe.choices, checkpoint)
         self.runner = Runner(transformer)
         self.context_length = min(context or transformer.config.context_length, transformer.config.context_length)
         self.load_seconds = 0.0
@@ -88,7 +90,7 @@ class LanguageModel:
         return self.transformer.nbytes
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        choice = self.recipe.choices["cache"]
+        choice = self.choices["cache"]
         model = self.transformer
         settings = () if choice.config is None else (choice.config,)
         cache: KVCache = choice.method.target(model.config, batch, capacity, model.dtype, model.device, *settings)
@@ -104,7 +106,7 @@ class LanguageModel:
     def strategy(self) -> Any:
         """The decoding strategy of the recipe, built on first use (a draft model is loaded then)."""
         if self._strategy is None:
-            choice = self.recipe.choices["decoding"]
+            choice = self.choices["decoding"]
             self._strategy = choice.method.target(choice.config, self)
         return self._strategy
 
@@ -264,10 +266,12 @@ def load(
     recipe: Recipe | None = None,
     progress: Any = None,
     on_matrix: Callable[[int, int], None] | None = None,
+    gradients: bool = False,
 ) -> LanguageModel:
     """Load a model: an alias, a folder, a .gguf file or a hub id. Specs are checked before anything is read.
 
-    `progress` shows a download (`fewer.checkpoint.store.Progress`), `on_matrix(done, total)` the loading.
+    `progress` shows a download (`fewer.checkpoint.store.Progress`), `on_matrix(done, total)` the loading. `gradients`:
+    a backward pass may go through the (frozen) weights, for methods that are fitted; decoding is a little slower.
     """
     if recipe is None:
         recipe = Recipe(weights=weights, cache=cache, decoding=decoding, experts=experts, dtype=dtype)
@@ -280,9 +284,10 @@ def load(
     if context is not None and context < checkpoint.config.context_length:
         # LongRoPE and dynamic scaling choose their frequencies by the context that is to be reached.
         checkpoint.config = replace(checkpoint.config, context_length=context)
-    loader = MatrixLoader(checkpoint, recipe.choices["weights"], chosen_dtype, chosen_device, on_matrix)
-    with torch.inference_mode(), CollectorPause():
-        transformer = loader.transformer(chosen_dtype, recipe.choices["experts"])
+    choices = with_adapters(recipe.choices, checkpoint)  # a missing adapter is told before the weights are read
+    loader = MatrixLoader(checkpoint, choices["weights"], chosen_dtype, chosen_device, on_matrix)
+    with torch.no_grad() if gradients else torch.inference_mode(), CollectorPause():
+        transformer = loader.transformer(chosen_dtype, choices["experts"])
     loaded = LanguageModel(checkpoint, transformer, recipe, context)
     loaded.load_seconds = time.perf_counter() - start
     return loaded

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,6 +223,17 @@ class LayerPlan(Protocol):
         ...
 
 
+# ── fitting: what a method learns before it runs ────────────────────────────────────────────────────────────────────
+
+Fit = Callable[..., Any]
+"""`fit(model, data, config, run) -> Adapter`: what `fewer train METHOD` calls, once a model.
+
+The types are those of `fewer.training`: a `FittedModel`, a `TrainingText`, the method's `fit_config` filled in, and a
+`TrainingRun`, which trains, resumes, shows progress and makes the adapter. The method's target is then called with the
+keyword `adapter`: the one that fits the model, or the file that a field `adapter: str | None` of its config names.
+"""
+
+
 # ── the registry ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -236,6 +248,8 @@ class Method:
     target: Any  # the class or function that fills the seam
     config: type | None  # its frozen config dataclass
     summary: str = ""
+    fit: Fit | None = None  # None: it learns nothing, and its target takes no adapter
+    fit_config: type | None = None  # the frozen dataclass of what `fit` can be told
     conflicts: Mapping[str, str] = field(default_factory=dict)  # "slot:name" -> the reason they exclude each other
 
 
@@ -256,13 +270,17 @@ def method(
     lossless: bool,
     config: type | None = None,
     conflicts: Mapping[str, str] | None = None,
+    fit: Fit | None = None,
+    fit_config: type | None = None,
 ) -> Callable[[Any], Any]:
     """Register a method under `name` in `slot`. The first line of its module's docstring becomes the summary."""
 
     def register(target: Any) -> Any:
         documentation = importlib.import_module(target.__module__).__doc__ or target.__doc__ or ""
         summary = documentation.strip().splitlines()[0].rstrip(".") if documentation.strip() else ""
-        _METHODS[slot, name] = Method(name, slot, paper, lossless, target, config, summary, dict(conflicts or {}))
+        _METHODS[slot, name] = Method(
+            name, slot, paper, lossless, target, config, summary, fit, fit_config, dict(conflicts or {})
+        )
         return target
 
     return register
@@ -288,6 +306,11 @@ class Choice:
 
     method: Method
     config: Any = None
+
+    def with_adapter(self, adapter: Any) -> Choice:
+        """The same choice, whose target is always called with this `fewer.training.Adapter`."""
+        target = functools.partial(self.method.target, adapter=adapter)
+        return dataclasses.replace(self, method=dataclasses.replace(self.method, target=target))
 
     def __str__(self) -> str:
         if self.config is None:
@@ -318,16 +341,20 @@ def parse_spec(slot: Slot, spec: str) -> Choice:
                 f"{slot} method '{name}' takes no settings, but the spec '{spec}' sets {', '.join(values)}"
             )
         return Choice(entry)
-    hints = typing.get_type_hints(entry.config)
-    known = [f.name for f in dataclasses.fields(entry.config)]
+    return Choice(entry, parse_settings(f"{slot} method '{name}'", f"{name}:", entry.config, values))
+
+
+def parse_settings(owner: str, prefix: str, config: type, values: Mapping[str, str]) -> Any:
+    """The dataclass `config` with the fields that `values` has as text. Raises UsageError, as the config's own
+    `__post_init__` does for what is out of range; `owner` and `prefix` are how its sentences begin."""
+    hints = typing.get_type_hints(config)
+    known = [f.name for f in dataclasses.fields(config)]
     parsed = {}
     for key, value in values.items():
         if key not in known:
-            raise UsageError(
-                f"unknown key '{key}' for {slot} method '{name}': allowed are {', '.join(known)}{_hint(key, known)}"
-            )
-        parsed[key] = _parse_value(f"{name}:{key}", value, hints[key])
-    return Choice(entry, entry.config(**parsed))  # the config's __post_init__ checks ranges and raises UsageError
+            raise UsageError(f"unknown key '{key}' for {owner}: allowed are {', '.join(known)}{_hint(key, known)}")
+        parsed[key] = _parse_value(f"{prefix}{key}", value, hints[key])
+    return config(**parsed)
 
 
 def check_drafts(cache: Choice, decoding: Choice) -> None:

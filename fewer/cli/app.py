@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 import fewer
-from fewer.cli import bench, chat, compare, compress, doctor, generate, inspect, methods, models, perplexity
+from fewer.cli import (
+    bench,
+    chat,
+    compare,
+    compress,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    methods,
+    models,
+    perplexity,
+    train,
+)
 from fewer.cli.verb import Verb, Verbs
 
 app = typer.Typer(
@@ -42,11 +55,13 @@ for _verb in (
     bench.bench,
     perplexity.perplexity,
     compress.compress,
+    train.train,
     methods.methods,
     inspect.inspect,
     doctor.doctor,
 ):
     app.command(cls=Verb)(_verb)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(models.app, name="models")
 
 

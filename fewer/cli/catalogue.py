@@ -35,6 +35,7 @@ class Entry:
     lossless: bool
     summary: str
     settings: tuple[Setting, ...]
+    fitted: bool = False  # it has something to learn: `fewer train` fits it
 
 
 def catalogue(slot: str | None = None) -> list[Entry]:
@@ -70,6 +71,7 @@ def _in_file(path: Path) -> Iterator[Entry]:
                     lossless=values["lossless"],
                     summary=summary,
                     settings=tuple(_settings(fields, source.splitlines())) if fields else (),
+                    fitted="fit" in given,
                 )
 
 

@@ -58,10 +58,20 @@ def parse_recipes(texts: list[str]) -> list[Recipe]:
     return recipes
 
 
-def load_model(name: str, recipe: Recipe, device: str | None = None, context: int | None = None) -> LanguageModel:
+def load_model(
+    name: str, recipe: Recipe, device: str | None = None, context: int | None = None, gradients: bool = False
+) -> LanguageModel:
     """Load with bars for what takes long."""
     from fewer.cli.progress import Bars
     from fewer.language_model import load
 
     with Bars() as bars:
-        return load(name, recipe=recipe, device=device, context=context, progress=bars, on_matrix=bars.on_matrix)
+        return load(
+            name,
+            recipe=recipe,
+            device=device,
+            context=context,
+            progress=bars,
+            on_matrix=bars.on_matrix,
+            gradients=gradients,
+        )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import fewer
 from fewer.errors import CheckpointError, UsageError
 from fewer.training.tensor_file import read_tensors, write_tensors
 
@@ -18,16 +21,22 @@ KIND = "fewer.adapter"
 VERSION = 1
 
 
+def versions() -> dict[str, str]:
+    """What an adapter is fitted with on this machine."""
+    return {"fewer": fewer.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where an adapter came from: enough to fit it again, and to refuse it elsewhere."""
 
     method: str  # the registered name, such as "duo-attention"
-    config: Mapping[str, Any]  # the method's settings
+    config: Mapping[str, Any]  # the settings it was fitted with
     model: str  # Checkpoint.fingerprint() of the model it was fitted to
     data: str  # fingerprint of the tokens it was fitted on
     seed: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # measured on held-out text
+    versions: Mapping[str, str] = field(default_factory=versions)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,15 @@ def load_adapter(path: Path, method: str | None = None, model: str | None = None
     return Adapter(tensors, provenance)
 
 
-_KINDS: dict[str, type] = {"method": str, "config": dict, "model": str, "data": str, "seed": int, "metrics": dict}
+_KINDS: dict[str, type] = {
+    "method": str,
+    "config": dict,
+    "model": str,
+    "data": str,
+    "seed": int,
+    "metrics": dict,
+    "versions": dict,
+}
 
 
 def _provenance(path: Path, description: Mapping[str, Any]) -> Provenance:

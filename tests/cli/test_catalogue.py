@@ -110,6 +110,7 @@ def test_every_verb_has_json_and_debug(fewer: Fewer) -> None:
         "bench",
         "perplexity",
         "compress",
+        "train",
         "methods",
         "inspect",
         "doctor",
@@ -119,5 +120,6 @@ def test_every_verb_has_json_and_debug(fewer: Fewer) -> None:
         options = fewer(verb, "--help").stdout
         assert "--json" in options, verb
         assert "--debug" in options or verb == "models", verb
+    assert "--json" in fewer("evaluate", "needle", "--help").stdout
     for verb in ("list", "pull", "remove"):
         assert "--json" in fewer("models", verb, "--help").stdout, verb
