@@ -199,12 +199,13 @@ def dequantize(kind: str, raw: Tensor, dtype: torch.dtype = torch.float32) -> Te
 def direct_format(kind: str, raw: Tensor) -> WeightFormat | None:
     """raw uint8 [rows, bytes a row] -> the same codes in one of the engine's own formats, or None.
 
-    Q4_0, Q4_1 and Q4_K become int4 in groups of 32, Q8_0 becomes int8 in groups of 32; only scales are rounded.
+    Q4_0, Q4_1 and Q4_K become int4 in groups of 32, Q5_0 and Q8_0 int8 in groups of 32; only scales are rounded.
     """
     readers: dict[str, Callable[[Tensor], WeightFormat]] = {
         "Q4_0": _int4_from_q4_0,
         "Q4_1": _int4_from_q4_1,
         "Q4_K": _int4_from_q4_k,
+        "Q5_0": _int8_from_q5_0,
         "Q8_0": _int8_from_q8_0,
     }
     if kind not in readers:
@@ -233,6 +234,12 @@ def _int4_from_q4_k(blocks: Tensor) -> Int4Format:  # [N, K/256, 144]
     first, second = blocks[..., 16:].unflatten(-1, (4, 2, 16)).unbind(-2)
     packed = torch.stack(((first & 15) | (second << 4), (first >> 4) | (second & 0xF0)), dim=-2)
     return Int4Format.from_nibbles(packed.flatten(1), scale.flatten(1), (8 * scale - minimum).flatten(1))
+
+
+def _int8_from_q5_0(blocks: Tensor) -> Int8Format:  # [N, K/32, 22]; d·(q - 16)
+    flat = blocks.flatten(0, 1)
+    codes = (_nibbles(flat[:, 6:]).flatten(1) | _fifth_bits(flat[:, 2:6])).view(torch.int8) - 16
+    return Int8Format.from_codes(codes.view(blocks.shape[0], -1), _half(blocks[..., :2]).squeeze(-1))
 
 
 def _int8_from_q8_0(blocks: Tensor) -> Int8Format:  # [N, K/32, 34]

@@ -1,6 +1,6 @@
 """Keep what the file holds: its 4- and 8-bit matrices as they are, everything else dense at the chosen dtype.
 
-GGUF Q4_0, Q4_1 and Q4_K go straight into int4, Q8_0 into int8, with the same codes; no dense copy is made.
+GGUF Q4_0, Q4_1 and Q4_K go straight into int4, Q5_0 and Q8_0 into int8, with the same codes; no dense copy is made.
 """
 
 from __future__ import annotations

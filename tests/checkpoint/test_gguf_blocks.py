@@ -31,7 +31,7 @@ HALVES = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
-DIRECT = ("Q4_0", "Q4_1", "Q4_K", "Q8_0")
+DIRECT = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q8_0")
 BFLOAT16_ROUNDING = 2.0**-8  # the most that rounding to 8 significant bits changes a value, relative to it
 
 
@@ -102,6 +102,10 @@ def codes_of(kind: str, raw: Tensor) -> Tensor:
     blocks = raw.numpy().reshape(raw.shape[0], -1, block.nbytes)
     if kind == "Q8_0":
         return torch.from_numpy(blocks[..., 2:].view(numpy.int8).copy()).flatten(1)
+    if kind == "Q5_0":
+        fifth = numpy.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little") * 16
+        codes = numpy.concatenate((blocks[..., 6:] & 15, blocks[..., 6:] >> 4), axis=-1) + fifth
+        return torch.from_numpy(codes.astype(numpy.int8) - 16).flatten(1)
     bytes_a_group = 16 if kind != "Q4_K" else 32  # low halves first, then the high ones of the same bytes
     groups = blocks[..., {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}[kind] :].reshape(raw.shape[0], -1, bytes_a_group)
     return torch.from_numpy(numpy.concatenate((groups & 15, groups >> 4), axis=-1).reshape(raw.shape[0], -1))
@@ -112,7 +116,7 @@ def codes_of(kind: str, raw: Tensor) -> Tensor:
 def test_direct_formats_keep_the_codes_of_the_file(kind: str, rows: int) -> None:
     raw = random_blocks(kind, rows, columns=512, seed=4)
     stored = direct_format(kind, raw)
-    if kind == "Q8_0":
+    if kind in ("Q5_0", "Q8_0"):
         assert isinstance(stored, Int8Format)
         assert torch.equal(stored.stored()[0], codes_of(kind, raw))
     else:
