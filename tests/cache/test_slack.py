@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from fewer import slots
@@ -14,15 +16,15 @@ from tests.random_model import CONFIG, config_of, new_session, random_transforme
 
 
 @pytest.fixture
-def cache_with_slack(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def cache_with_slack(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a registered cache with a slack of its own."""
-    monkeypatch.setattr(slots, "_METHODS", dict(slots._METHODS))
 
     class Short(FullCache):
         slack = request.param
 
     method("short", slot="cache", lossless=True)(Short)
-    return "short"
+    yield "short"
+    del slots._METHODS["cache", "short"]
 
 
 @pytest.mark.parametrize("cache_with_slack", [4], indirect=True)
