@@ -180,6 +180,36 @@ def test_equal_tokens_after_different_beginnings_are_not_shared() -> None:
     assert not set(pool.rows[0]) & set(pool.rows[1])
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_page_that_is_written_again_is_no_longer_found(at_once: bool) -> None:
+    pool, prompt = pool_of(9), [1, 2, 3, 4, 5, 6, 7, 8]
+    pool.prepare([0] * 4, [8, 0, 0, 0], [prompt, None, None, None])
+    pool.cut(0, 6)
+    if at_once:
+        firsts = pool.prepare([6, 0, 0, 0], [8, 8, 0, 0], [None, prompt, None, None])
+    else:
+        pool.prepare([6, 0, 0, 0], [8, 0, 0, 0])
+        firsts = pool.prepare([8, 0, 0, 0], [8, 8, 0, 0], [None, prompt, None, None])
+    assert firsts[1] == 4 and pool.rows[1][0] == pool.rows[0][0] and pool.rows[1][1] != pool.rows[0][1]
+
+
+def test_a_page_that_another_row_finds_in_the_same_step_is_copied_before_it_is_written_again() -> None:
+    pool, prompt = pool_of(9), [1, 2, 3, 4, 5, 6, 7, 8]
+    pool.prepare([0] * 4, [0, 8, 0, 0], [None, prompt, None, None])
+    found = list(pool.rows[1])
+    pool.cut(1, 6)
+    assert pool.prepare([0, 6, 0, 0], [8, 8, 0, 0], [prompt, None, None, None]) == [8, 6, 0, 0]
+    assert pool.rows[0] == found and pool.rows[1][1] != found[1]
+
+
+def test_a_row_that_goes_back_and_comes_again_with_the_same_tokens_writes_nothing() -> None:
+    pool, prompt = pool_of(9), [1, 2, 3, 4, 5, 6, 7, 8]
+    pool.prepare([0] * 4, [8, 0, 0, 0], [prompt, None, None, None])
+    pool.cut(0, 6)
+    assert pool.prepare([6, 0, 0, 0], [8, 0, 0, 0], [prompt, None, None, None]) == [8, 0, 0, 0]
+    assert pool.owned == 2 and pool.owners.count(1) == 2
+
+
 def test_exhaustion_says_how_many_pages_and_takes_none() -> None:
     pool = pool_of(4)
     assert pool.admits(16) and not pool.admits(17)
