@@ -103,6 +103,31 @@ def test_a_part_without_keys_weighs_nothing() -> None:
         torch.testing.assert_close(found, wanted)
     out, lse = merge([blind, blind])
     assert torch.equal(out, torch.zeros_like(out)) and (lse == -math.inf).all()
+    unwritten = torch.full_like(whole[0], math.nan), blind[1]
+    torch.testing.assert_close(merge([unwritten, whole])[0], whole[0])
+
+
+@claim
+@given(st.integers(2, 6), st.floats(0.1, 30.0), st.integers(0, 10**6))
+def test_the_order_of_parts_does_not_matter(count: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        (torch.randn(3, 8, generator=generator), spread * torch.randn(3, generator=generator)) for _ in range(count)
+    ]
+    out, lse = merge(parts)
+    near = 1e-6 * max(1.0, float(torch.stack([lse for _, lse in parts]).abs().max()))  # float32 rounds a large lse
+    for found in (merge(parts[::-1]), merge([merge(parts[:2]), *parts[2:]]), merge([parts[0], merge(parts[1:])])):
+        torch.testing.assert_close(found[0], out, rtol=1e-6, atol=near)
+        torch.testing.assert_close(found[1], lse, rtol=1e-6, atol=near)
+
+
+def test_bfloat16_parts_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(4, 64, generator=generator).bfloat16(), torch.randn(4, generator=generator)) for _ in range(9)
+    ]
+    exact = merge([(out.float(), lse) for out, lse in parts])[0]
+    assert torch.equal(merge(parts)[0], exact.bfloat16())
 
 
 def test_bfloat16_attention_is_summed_in_float32() -> None:

@@ -177,7 +177,7 @@ RESIDENT = 3  # programs that share a multiprocessor, with two such steps on the
 
 
 def tiling_for(pairs: int, longest: int, even: bool, token_bytes: int, page_size: int, processors: int) -> Tiling:
-    """`pairs` of rows and list heads, lists of `longest` tokens at most, keys of `token_bytes`.
+    """`pairs` of rows and list heads, lists of `longest` tokens at most, keys of `token_bytes` when padded.
 
     One wave of programs where all lists are `even`. Others get twice as many, shorter ones, and room for a list of
     four times the average length.
@@ -235,7 +235,7 @@ def attend_list(
             counts = torch.full((batch, list_heads), lists.shape[2], dtype=torch.int32, device=q.device)
     if tiling is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        even, token_bytes = lists is None and batch == 1, head_dim * keys.element_size()
+        even, token_bytes = lists is None and batch == 1, next_power_of_2(head_dim) * keys.element_size()
         tiling = tiling_for(batch * list_heads, longest, even, token_bytes, page_size, processors)
     scratch = Scratch.allocate(batch, heads, list_heads, head_dim, tiling.splits, q.device)
     out = torch.empty(batch, heads, head_dim, device=q.device)

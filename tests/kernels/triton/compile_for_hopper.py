@@ -18,9 +18,13 @@ from triton.runtime.jit import JITFunction
 
 from fewer.cache import FullCache
 from fewer.engine.cuda import CudaDecoder
+from fewer.kernels.tile_attention import Lambda, TileLists
 from fewer.kernels.triton.attention_decode import attention_decode
 from fewer.kernels.triton.linear import Fused, dequantize, multiply
+from fewer.kernels.triton.list_attention import attend_list
 from fewer.kernels.triton.norm import add_rms_norm, rms_norm
+from fewer.kernels.triton.shared_prefix import attend_prefix
+from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
 from tests.engine.test_cuda import FEATURES, SMALL, build
 from tests.kernels.triton.test_linear import ACTIVATIONS, problem
 from tests.random_model import config_of
@@ -88,6 +92,29 @@ def attentions() -> None:
         attention_decode(q, keys, keys.clone(), lengths, 0.1, window, softcap)
 
 
+def parts_of_keys() -> None:
+    lengths = torch.ones(2, dtype=torch.int32)
+    for group, head_dim, page_size, lists, unit, softcap in (
+        (4, 128, 64, torch.ones(2, 2, 9, dtype=torch.int32), "page", None),
+        (3, 80, 16, torch.ones(2, 6, 9, dtype=torch.int32), "token", 2.0),
+        (1, 64, 200, None, "page", None),
+    ):
+        pool = torch.ones(2, 6, 2, page_size, head_dim, dtype=torch.bfloat16)
+        q = pool.new_ones(2, 2 * group, head_dim)
+        table = torch.ones(2, 1 if lists is None else 3, dtype=torch.int32)
+        attend_list(q, *pool, table, lists, None, unit, lengths, 0.1, softcap, want_scores=softcap is None)
+        attend_prefix(q, *pool, table, lengths, torch.ones(3, dtype=torch.int32), 0.1, softcap)
+
+
+def tiles() -> None:
+    rules, kinds = torch.ones(8, dtype=torch.int32), torch.ones(1, 8, dtype=torch.int32)
+    lists = torch.ones(8, 4, 3, dtype=torch.int32)
+    for kept in (Lambda(rules, rules), TileLists(lists, lists[..., 0], kinds)):
+        q, k = (torch.ones(1, heads, 200, 128, dtype=torch.bfloat16) for heads in (8, 2))
+        _, lse = attend_tiles(q, k, k.clone(), 0, kept, 0.1)
+        column_sums(q, k, lse, torch.ones(200), 0, kept, 0.1)
+
+
 def decoders() -> None:
     everything = FEATURES["biases everywhere"] | FEATURES["norms of heads"] | FEATURES["a layer without positions"]
     for kind, changes, batch in (("dense", everything, 3), ("int4", FEATURES["caps and scales"], 1)):
@@ -99,6 +126,8 @@ if __name__ == "__main__":
     JITFunction.run = launch
     norms()
     attentions()
+    parts_of_keys()
+    tiles()
     products()
     decoders()
     print(len(compiled))
