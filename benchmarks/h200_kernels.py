@@ -139,11 +139,18 @@ def _attention_tilings(batch: int, longest: int, device: torch.device) -> Iterat
     yield first
     if device.type != "cuda":
         return
-    yield first._replace(slots=128, stages=2)
-    for share in (1.5, 2) if batch == 1 else (0.5, 2):
+    for share in (1, 2) if batch == 1 else (0.5, 1):
         programs = int(share * first.programs)
-        for slots, stages in ((32, 4), (32, 3), (64, 2)):
-            yield first._replace(programs=programs, splits=max(1, programs // 8), slots=slots, stages=stages)
+        for slots, stages, warps in (
+            (64, 2, 4),
+            (64, 3, 4),
+            (64, 4, 4),
+            (64, 6, 4),
+            (128, 2, 4),
+            (128, 2, 8),
+            (128, 3, 8),
+        ):
+            yield decode.Tiling(max(1, programs // 8), programs, slots, warps, stages)
 
 
 def _attention_rate(
@@ -173,20 +180,18 @@ SHAPES = {  # name: rows of the output, columns, gated, normed, residual
     "down": (4096, 14336, False, False, True),
     "head": (128256, 4096, False, True, False),
 }
-CANDIDATES = {  # rows, columns, warps
+CANDIDATES = {  # rows, columns, warps, stages, programs a multiprocessor
     "dense": [(4, 2048, 4), (2, 4096, 4), (1, 4096, 4), (2, 4096, 8), (4, 4096, 8), (1, 4096, 2), (4, 1024, 4)],
     "int8": [(4, 2048, 4), (8, 1024, 4), (4, 4096, 4), (2, 4096, 4)],
     "int4": [
-        (8, 4096, 4),
-        (4, 4096, 4),
-        (2, 4096, 4),
-        (4, 4096, 8),
-        (4, 4096, 2),
-        (8, 2048, 2),
-        (16, 2048, 4),
-        (4, 16384, 8),
-        (2, 16384, 8),
-        (4, 16384, 16),
+        *((4, 4096, 4, 1, resident) for resident in (2, 3, 4)),
+        *((2, 4096, 4, 1, resident) for resident in (3, 4, 5, 6)),
+        *((4, 4096, 8, 1, resident) for resident in (2, 3)),
+        *((2, 4096, 8, 1, resident) for resident in (2, 3, 4)),
+        *((rows, 16384, 16, 1, 1) for rows in (1, 2, 4)),
+        *((rows, 16384, 16, 1, 2) for rows in (1, 2)),
+        *((rows, 16384, 8, 1, 2) for rows in (1, 2)),
+        (8, 2048, 2, 1, 4),
     ],
 }
 
@@ -212,7 +217,8 @@ def sweep(kind: str, device: torch.device, tiny: bool, read: float, seconds: flo
         for candidate in CANDIDATES[kind][: 1 if tiny else None]:
             if candidate[1] >= 2 * columns and not tiny:
                 continue
-            blocks = Blocks(candidate[0], min(candidate[1], 256) if tiny else candidate[1], candidate[2])
+            blocks = Blocks(*candidate)
+            blocks = blocks._replace(columns=256) if tiny else blocks
             if time.monotonic() > stop:
                 break
             try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.triton import attention_decode
 from fewer.kernels.triton.attention_decode import Fusion, Scratch, Tiling
+from fewer.kernels.triton.ends import TopScratch, embed, most_likely
 from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply, word_order
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
@@ -49,6 +50,7 @@ def supports(model: Transformer) -> bool:
         and config.clip_qkv is None
         and config.residual_scale == 1.0
         and stored(model.head) is not None
+        and stored(model.embed) is not None
         and all(_fits(layer) for layer in model.layers)
     )
 
@@ -71,7 +73,8 @@ class _Pass:
     attended: Tensor  # [B, H D]
     gated: Tensor  # [B, intermediate]
     logits: Tensor  # [B, V] float32
-    report: Tensor  # [2, B] int64: the most likely token, and the bits of its logit
+    report: Tensor  # [2, B] int64: the most likely token, and the bits of its logit in the low halves
+    top: TopScratch
     scratch: Scratch
     tiling: Tiling
     fusions: list[Fusion]
@@ -79,8 +82,8 @@ class _Pass:
 
 
 def _values(report: Tensor) -> Tensor:
-    """The float32 half of a report [2, B]: [B]."""
-    return report[1].view(torch.float32)[: report.shape[1]]
+    """The logits of a report [2, B]: [B] float32."""
+    return report[1].to(torch.int32).view(torch.float32)
 
 
 def _tops(report: Tensor) -> list[float]:
@@ -201,6 +204,7 @@ class CudaDecoder:
             gated=empty(config.intermediate_size),
             logits=empty(config.vocab_size, torch.float32),
             report=torch.zeros(2, batch, dtype=torch.int64, device=device),
+            top=TopScratch(batch, config.vocab_size, device),
             scratch=Scratch.allocate(batch, config.heads, kv_heads, head_dim, tiling.splits, device),
             tiling=tiling,
             fusions=[self._fusion(layer, capacity, device) for layer in model.layers],
@@ -222,8 +226,9 @@ class CudaDecoder:
         """Every launch of one pass, in order; pool [L, 2, B, Hk, capacity, D]. Leaves `inputs` ready for the next."""
         model, config = self.model, self.config
         tokens, lengths = work.inputs[0], work.inputs[1]
-        embedded = model.embed.rows(tokens.long())
-        work.residual.copy_(embedded if config.embedding_scale is None else embedded * config.embedding_scale)
+        rows = stored(model.embed)
+        assert rows is not None
+        embed(tokens, rows, work.residual, config.embedding_scale or 1.0, self.pdl)
         for index, layer in enumerate(model.layers):
             self._layer(layer, pool[index], work.fusions[index], lengths, work)
         self._multiply(work.residual, Linear([model.head]), work.logits, model.norm)
@@ -231,9 +236,7 @@ class CudaDecoder:
             work.logits.mul_(config.logit_scale)
         if config.logit_softcap is not None:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
-        torch.max(work.logits, -1, out=(_values(work.report), work.report[0]))  # a NaN anywhere is the maximum
-        work.inputs[0].copy_(work.report[0])  # what the next pass is fed, unless the host says otherwise
-        work.inputs[1].add_(1)
+        most_likely(work.logits, work.inputs, work.report, work.top, self.pdl)  # and what the next pass is fed
 
     def _layer(self, layer: Layer, cached: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
         """cached [2, B, Hk, capacity, D]: the layer's keys and values."""

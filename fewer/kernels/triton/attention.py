@@ -22,30 +22,34 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def turn(
-    vectors, gain, table, position, eps,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Load heads [n, 1] pointers `vectors` -> [n, DIM] float32, RMS-normalised by `gain`, turned to `position`.
+def angle(table, position, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr):
+    """Cosine and signed sine of every channel at `position`: [DIM] each. Interleaved pairs: channel d and its partner
+    d ^ 1 form one complex number."""
+    channel = tl.arange(0, DIM)
+    turned = channel < ROTARY_DIM
+    at = table + position.to(tl.int64) * ROTARY_DIM + (channel // 2) * 2
+    cosine = tl.load(at, mask=turned, other=1.0)
+    sine = tl.load(at + 1, mask=turned, other=0.0)
+    return cosine, tl.where(channel % 2 == 0, -sine, sine)
 
-    Interleaved pairs: channel d and its partner d ^ 1 form one complex number.
-    """
+
+@triton.jit
+def turn(
+    vectors, gain, cosine, sine, eps,
+    HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Load heads [n, 1] pointers `vectors` -> [n, DIM] float32, RMS-normalised by `gain`, turned by `angle`."""
     channel = tl.arange(0, DIM)
     held = channel < HEAD_DIM
     own = tl.load(vectors + channel[None, :], mask=held[None, :], other=0.0).to(tl.float32)
-    if ROTARY_DIM > 0:
+    if ROTATE:
         other = tl.load(vectors + (channel ^ 1)[None, :], mask=held[None, :], other=0.0).to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(own * own, 1) / HEAD_DIM + eps)[:, None]
         own *= inverse * tl.load(gain + channel, mask=held, other=0.0)[None, :]
-        if ROTARY_DIM > 0:
+        if ROTATE:
             other *= inverse * tl.load(gain + (channel ^ 1), mask=held, other=0.0)[None, :]
-    if ROTARY_DIM > 0:
-        turned = channel < ROTARY_DIM
-        at = table + position.to(tl.int64) * ROTARY_DIM + (channel // 2) * 2
-        cosine = tl.load(at, mask=turned, other=1.0)
-        sine = tl.load(at + 1, mask=turned, other=0.0)
-        sine = tl.where(channel % 2 == 0, -sine, sine)
+    if ROTATE:
         own = own * cosine[None, :] + other * sine[None, :]
     return own
 
@@ -73,19 +77,23 @@ def block_of(
 
 @triton.jit
 def attend_block(
-    q, key, value, start, end, scale, softcap, top, total, out,
+    query, key, value, start, end, scale, softcap, top, total, out,
     SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax of q [HEADS_P, DIM] over key and value [BLOCK_S, DIM]; scores in units of log2."""
-    scores = multiply_tiles(q, tl.trans(key), tl.zeros([q.shape[0], BLOCK_S], tl.float32), ON_CPU, PRECISION)
+    """One step of the online softmax of `query` [DIM, HEADS_P] over key and value [BLOCK_S, DIM], in units of log2.
+
+    Keys are the tall side of both products, so tensor cores read them from shared memory and no head is padded
+    further than to eight. top [HEADS_P]; total [BLOCK_S, HEADS_P], summed over its slots by the caller at the end;
+    out [DIM, HEADS_P].
+    """
+    scores = multiply_tiles(key, query, tl.zeros([BLOCK_S, query.shape[1]], tl.float32), ON_CPU, PRECISION)
     scores = cap(scores * scale, softcap, SOFTCAP) * LOG2_E
-    scores = tl.where((start + tl.arange(0, BLOCK_S) < end)[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(weights, 1)
-    out = multiply_tiles(weights.to(value.dtype), value, out * shrink[:, None], ON_CPU, PRECISION)
-    return higher, total, out
+    scores = tl.where((start + tl.arange(0, BLOCK_S) < end)[:, None], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 0))
+    weights = tl.exp2(scores - higher[None, :])
+    shrink = tl.exp2(top - higher)[None, :]
+    out = multiply_tiles(tl.trans(value), weights.to(value.dtype), out * shrink, ON_CPU, PRECISION)
+    return higher, total * shrink + weights, out
 
 
 @triton.jit
@@ -94,26 +102,26 @@ def merge_parts(
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """out = Σ_s 2^(lse_s - top)·out_s / Σ_s 2^(lse_s - top) over the active splits of one key head."""
+    """out = Σ_s 2^(lse_s - top)·out_s / Σ_s 2^(lse_s - top) over the active splits of one key head, CHUNK at a time:
+    a chunk's parts and their lse are requested together."""
     head = tl.arange(0, GROUP_P)
     channel = tl.arange(0, DIM)
-    split = tl.arange(0, SPLITS_P)
-    real = (split[:, None] < active) & (head[None, :] < GROUP)
-    at = first_part + split[:, None] * GROUP + head[None, :]
-    parts = tl.load(part_lse + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # [SPLITS_P, GROUP_P]
-    top = tl.max(parts, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(parts - top[None, :]), 0)
+    top = tl.full([GROUP_P], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_P], tl.float32)
     result = tl.zeros([GROUP_P, DIM], tl.float32)
     for start in tl.range(0, active, CHUNK):
         index = start + tl.arange(0, CHUNK)
         some = (index[:, None] < active) & (head[None, :] < GROUP)
         place = first_part + index[:, None] * GROUP + head[None, :]
-        weight = tl.load(part_lse + place, mask=some, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.exp2(weight - top[None, :])  # [CHUNK, GROUP_P]
+        parts = tl.load(part_lse + place, mask=some, other=float("-inf"), cache_modifier=".cg")  # [CHUNK, GROUP_P]
         whole = some[:, :, None] & (channel < HEAD_DIM)[None, None, :]
         part = tl.load(part_out + place[:, :, None] * DIM + channel, mask=whole, other=0.0, cache_modifier=".cg")
-        result += tl.sum(part * weight[:, :, None], 0)
+        higher = tl.maximum(top, tl.max(parts, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no part has seen a key yet
+        weight, shrink = tl.exp2(parts - base[None, :]), tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, 0)
+        result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
+        top = higher
     result = result / tl.where(total > 0, total, 1.0)[:, None]
     stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
     final = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
@@ -154,69 +162,73 @@ def decode_attention(
     run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
     if split < active:
-        head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # a tensor-core tile has 16 rows
+        head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # the narrowest asynchronous tile
         real = tl.minimum(head, GROUP - 1)
         channel = tl.arange(0, DIM)
+        held = channel < HEAD_DIM
         plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
         begin = first + split * run
         end = tl.minimum(begin + run, length)
         # What earlier passes cached needs no waiting: only the query and the new token come from the kernel in front.
         key = block_of(keys + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
         value = block_of(values + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+        ROTATE: tl.constexpr = FUSED and ROTARY_DIM > 0
+        cosine, sine = scale, scale
+        if ROTATE:
+            cosine, sine = angle(table, length, ROTARY_DIM, DIM)
         wait_for_previous(PDL)
         width: tl.constexpr = (HEADS + 2 * KV_HEADS if FUSED else HEADS) * HEAD_DIM
         base = query + row.to(tl.int64) * width
         heads = base + (kv_head * GROUP + real)[:, None] * HEAD_DIM
-        q = turn(heads, q_gain, table, length, eps, HEAD_DIM, ROTARY_DIM if FUSED else 0, DIM, FUSED and QK_NORM)
+        q = turn(heads, q_gain, cosine, sine, eps, HEAD_DIM, ROTATE, DIM, FUSED and QK_NORM).to(keys.dtype.element_ty)
+        k_new, v_new = q, q
+        if FUSED:  # every split reads the new token with its query: one wait for memory, not two
+            lane = tl.arange(0, 1)[:, None]
+            k_at = base + (HEADS + kv_head) * HEAD_DIM + lane
+            v_at = base + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + channel
+            v_new = tl.load(v_at, mask=held, other=0.0).to(keys.dtype.element_ty)  # [DIM]
+            k_new = turn(k_at, k_gain, cosine, sine, eps, HEAD_DIM, ROTATE, DIM, QK_NORM).to(keys.dtype.element_ty)
+        matched = tl.trans(q)  # [DIM, heads]
         top = tl.full([head.shape[0]], float("-inf"), tl.float32)
-        total = tl.zeros([head.shape[0]], tl.float32)
-        result = tl.zeros([head.shape[0], DIM], tl.float32)
-        matched = q.to(keys.dtype.element_ty)
+        sums = tl.zeros([BLOCK_S, head.shape[0]], tl.float32)
+        result = tl.zeros([DIM, head.shape[0]], tl.float32)
         if begin < end:
-            top, total, result = attend_block(
-                matched, key, value, begin, end, scale, softcap, top, total, result, SOFTCAP, BLOCK_S, ON_CPU, PRECISION
+            top, sums, result = attend_block(
+                matched, key, value, begin, end, scale, softcap, top, sums, result, SOFTCAP, BLOCK_S, ON_CPU, PRECISION
             )
         for start in tl.range(begin + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
             following = block_of(keys + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             and_values = block_of(values + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
-            top, total, result = attend_block(
-                matched, following, and_values, start, end, scale, softcap, top, total, result,
+            top, sums, result = attend_block(
+                matched, following, and_values, start, end, scale, softcap, top, sums, result,
                 SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
             )  # fmt: skip
+        total = tl.sum(sums, 0)
         if FUSED:  # noqa: SIM102 (known when compiled; the other is not)
             if split == 0:
-                lane = tl.arange(0, 1)
-                k_new = turn(
-                    base + (HEADS + kv_head) * HEAD_DIM + lane[:, None], k_gain, table, length, eps,
-                    HEAD_DIM, ROTARY_DIM, DIM, QK_NORM,
-                ).to(keys.dtype.element_ty)  # fmt: skip
-                held = (channel < HEAD_DIM)[None, :]
-                v_at = base + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + lane[:, None] + channel[None, :]
-                v_new = tl.load(v_at, mask=held, other=0.0).to(keys.dtype.element_ty)
-                slot = plane + length.to(tl.int64) * stride_slot + lane[:, None] + channel[None, :]
-                tl.store(keys + slot, k_new, mask=held)
+                slot = plane + length.to(tl.int64) * stride_slot + channel
+                tl.store(keys + slot[None, :], k_new, mask=held[None, :])
                 tl.store(values + slot, v_new, mask=held)
-                score = tl.sum(q.to(keys.dtype.element_ty).to(tl.float32) * k_new.to(tl.float32), 1)
+                score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
                 score = cap(score * scale, softcap, SOFTCAP) * LOG2_E
                 higher = tl.maximum(top, score)
                 weight, shrink = tl.exp2(score - higher), tl.exp2(top - higher)
                 total = total * shrink + weight
-                result = result * shrink[:, None] + weight[:, None] * v_new.to(tl.float32)
+                result = result * shrink[None, :] + weight[None, :] * v_new.to(tl.float32)[:, None]
                 top = higher
-        result = result / tl.where(total > 0, total, 1.0)[:, None]
+        result = result / tl.where(total > 0, total, 1.0)[None, :]
         logsum = tl.where(total > 0, top + tl.log2(total), float("-inf"))
         first_head = row * HEADS + kv_head * GROUP
+        stored = (head < GROUP)[None, :] & held[:, None]
         if active == 1:
-            stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-            place = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
+            place = out + (first_head + head)[None, :] * HEAD_DIM + channel[:, None]
             tl.store(place, result.to(out.dtype.element_ty), mask=stored)
             if LSE:
                 tl.store(lse + first_head + head, logsum / LOG2_E, mask=head < GROUP)
         else:
             pair = row * KV_HEADS + kv_head
             at = (pair * SPLITS + split) * GROUP + head
-            stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
-            tl.store(part_out + at[:, None] * DIM + channel[None, :], result, mask=stored)
+            tl.store(part_out + at[None, :] * DIM + channel[:, None], result, mask=stored)
             tl.store(part_lse + at, logsum, mask=head < GROUP)
             tl.debug_barrier()  # every thread's part is written before the ticket is drawn
             ticket = tl.atomic_add(tickets + pair, 1, sem="acq_rel")

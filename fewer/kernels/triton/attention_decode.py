@@ -11,6 +11,7 @@ from torch import Tensor
 from fewer.kernels.triton.attention import decode_attention
 
 LONG = 8192  # keys from which larger steps are faster (benchmarks/results/h200.json)
+SHORT = 2048  # keys up to which a program has a step or two, and nothing to gain from fetching ahead
 
 
 class Tiling(NamedTuple):
@@ -53,15 +54,19 @@ class Fusion:
 
 
 def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tiling:
-    """Enough parts to fill the GPU's multiprocessors twice, none shorter than one block of keys.
+    """One part for each of the GPU's multiprocessors, none shorter than one block of keys.
 
-    Rows may differ in length, so a batch gets four times as many, shorter parts: they even out.
+    Rows may differ in length, so a batch gets eight times as many, shorter parts: they even out. Short caches use no
+    buffers to fetch ahead: a kernel with less shared memory than 48 KB starts while a product is still running, one
+    with more waits until the multiprocessor is empty and has its first-level cache split anew.
     """
-    programs = 2 * processors * (1 if batch == 1 else 4)
+    programs = processors * (1 if batch == 1 else 8)
     splits = max(1, min(programs // kv_heads, -(-longest // 64)))
+    if longest <= SHORT:
+        return Tiling(splits, programs, 64, stages=1)
     if batch == 1 and longest >= LONG:
-        return Tiling(splits, programs, 128, stages=2)
-    return Tiling(splits, programs, 64)
+        return Tiling(splits, programs, 128, stages=3)
+    return Tiling(splits, programs, 64, stages=3)
 
 
 def launch(

@@ -10,6 +10,7 @@ class Blocks(NamedTuple):
     columns: int  # BLOCK_K
     warps: int
     stages: int = 1
+    resident: int = 4  # programs a multiprocessor, where they keep x in registers and walk the rows
 
 
 # (kind, output rows, columns, gated) -> the fastest of those that benchmarks/h200.py tried (results/h200.json)
@@ -24,11 +25,11 @@ MEASURED: dict[tuple[str, int, int, bool], Blocks] = {
     ("int8", 14336, 4096, True): Blocks(8, 1024, 4),
     ("int8", 4096, 14336, False): Blocks(4, 2048, 4),
     ("int8", 128256, 4096, False): Blocks(8, 1024, 4),
-    ("int4", 6144, 4096, False): Blocks(8, 4096, 4),
-    ("int4", 4096, 4096, False): Blocks(8, 2048, 2),
-    ("int4", 14336, 4096, True): Blocks(4, 4096, 4),
-    ("int4", 4096, 14336, False): Blocks(8, 2048, 2),
-    ("int4", 128256, 4096, False): Blocks(8, 4096, 4),
+    ("int4", 6144, 4096, False): Blocks(4, 4096, 8, resident=3),
+    ("int4", 4096, 4096, False): Blocks(4, 4096, 4),
+    ("int4", 14336, 4096, True): Blocks(2, 4096, 4, resident=5),
+    ("int4", 4096, 14336, False): Blocks(4, 16384, 16, resident=1),
+    ("int4", 128256, 4096, False): Blocks(4, 4096, 4),
 }
 
 
@@ -42,8 +43,9 @@ def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
         return Blocks(2, whole, 4) if whole <= 4096 else Blocks(4, 2048, 4)
     if kind == "int8":
         return Blocks(4, min(whole, 2048), 4)
-    tile = 4 if gated else 8
-    return Blocks(tile, whole, max(1, whole // 1024)) if whole <= 8192 else Blocks(tile, 2048, 2)
+    if whole <= 4096:
+        return Blocks(2 if gated else 4, whole, max(1, whole // 1024))
+    return Blocks(2 if gated else 4, whole, 16, resident=1) if whole <= 16384 else Blocks(8, 2048, 2)
 
 
 def rows_blocks(count: int, rows: int, columns: int) -> Blocks:

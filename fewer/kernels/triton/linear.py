@@ -19,7 +19,6 @@ from fewer.kernels.triton.gemv_int4 import gemv_int4, gemv_int4_long
 from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows
 
 WIDE = 64  # rows beyond which dequantising pays
-RESIDENT = 4  # programs a multiprocessor that keep x in registers and walk the rows
 _GEMV = {"dense": gemv_dense, "int8": gemv_int8}
 
 
@@ -70,18 +69,19 @@ def multiply(
         blocks = blocks or gemv_blocks(matrix.kind, size, columns, fused.activation != "none")
         grid: tuple[int, ...] = (-(-size // blocks.rows),)
         kernel, codes = _GEMV.get(matrix.kind), matrix.codes
+        interpreted: tuple[bool, ...] = ()
         if kernel is None:
             kernel = gemv_int4 if blocks.columns >= columns else gemv_int4_long
-            codes = codes.view(torch.int32)
+            codes, interpreted = codes.view(torch.int32), (x.device.type == "cpu",)
             if fused.gain is not None:
                 gain = word_order(fused.gain) if fused.word_gain is None else fused.word_gain
             if x.dtype == torch.bfloat16:
                 x = x.view(torch.int64)
             if kernel is gemv_int4:
-                grid = (_programs(grid[0], x.device),)
+                grid = (min(grid[0], blocks.resident * _processors(x.device)),)
         kernel[grid](
             x, gain, codes, *pointers, size, columns, matrix.group_size, *flags, blocks.rows, blocks.columns, pdl,
-            num_warps=blocks.warps, **launch,
+            *interpreted, num_warps=blocks.warps, **launch,
         )  # fmt: skip
         return out
     blocks = blocks or rows_blocks(count, size, columns)
@@ -100,12 +100,6 @@ def word_order(gain: Tensor) -> Tensor:
     """gain [K] -> the same numbers in the order in which int4's words meet them: by nibble (low 0..3, high 0..3), then
     by word."""
     return gain.view(-1, 2, 4, 4).permute(1, 3, 0, 2).reshape(-1)  # [blocks, low or high, word, byte]
-
-
-def _programs(tiles: int, device: torch.device) -> int:
-    """Programs that each walk the same number of tiles (but for the last round), RESIDENT a multiprocessor or fewer."""
-    rounds = -(-tiles // (RESIDENT * _processors(device)))
-    return -(-tiles // rounds)
 
 
 @functools.cache
