@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
-from fewer.slots import KVCache
-from fewer.training.adapter_store import with_adapters
+from fewer.slots import Choice, KVCache, Slot
 
 GREEDY = SamplingConfig()
 Messages = Sequence[dict[str, str]]
@@ -67,7 +66,7 @@ class LanguageModel:
         self.checkpoint = checkpoint
         self.transformer = transformer
         self.recipe = recipe
-        self.choices = with_adapters(recipe.choices, checkpoint)
+        self.choices = _with_adapters(recipe.choices, checkpoint)
         self.runner = Runner(transformer)
         self.context_length = min(context or transformer.config.context_length, transformer.config.context_length)
         self.load_seconds = 0.0
@@ -249,6 +248,15 @@ class LanguageModel:
         return other
 
 
+def _with_adapters(choices: Mapping[Slot, Choice], checkpoint: Checkpoint) -> Mapping[Slot, Choice]:
+    """The choices, with what was learnt for those that learn. Nothing of `training/` is imported for the others."""
+    if all(choice.method.fit is None for choice in choices.values()):
+        return choices
+    from fewer.training.adapter_store import with_adapters
+
+    return with_adapters(choices, checkpoint)
+
+
 def _check_max_tokens(max_tokens: int) -> None:
     if max_tokens < 1:
         raise UsageError(f"max_tokens is {max_tokens}: ask for at least 1 token")
@@ -284,7 +292,7 @@ def load(
     if context is not None and context < checkpoint.config.context_length:
         # LongRoPE and dynamic scaling choose their frequencies by the context that is to be reached.
         checkpoint.config = replace(checkpoint.config, context_length=context)
-    choices = with_adapters(recipe.choices, checkpoint)  # a missing adapter is told before the weights are read
+    choices = _with_adapters(recipe.choices, checkpoint)  # a missing adapter is told before the weights are read
     loader = MatrixLoader(checkpoint, choices["weights"], chosen_dtype, chosen_device, on_matrix)
     with torch.no_grad() if gradients else torch.inference_mode(), CollectorPause():
         transformer = loader.transformer(chosen_dtype, choices["experts"])
@@ -306,7 +314,8 @@ def compress(
 
     checkpoint = open_checkpoint(model, progress)
     dtype = choose_dtype(recipe.dtype)
-    loader = MatrixLoader(checkpoint, recipe.choices["weights"], dtype, choose_device(device), on_matrix)
+    weights = _with_adapters({"weights": recipe.choices["weights"]}, checkpoint)["weights"]
+    loader = MatrixLoader(checkpoint, weights, dtype, choose_device(device), on_matrix)
     names = checkpoint.names()
     matrices = [name for name in names if len(checkpoint[name].shape) == 2]
     vectors = [name for name in names if len(checkpoint[name].shape) == 1]
