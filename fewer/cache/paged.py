@@ -37,15 +37,15 @@ class PagedConfig:
 
 @dataclass(slots=True)
 class PagedPlan:
-    """What every layer does in one step. Only rows of the batch with new tokens that no other row stores write."""
+    """What every layer does in one step: N new tokens are written, those in pages found by their text are not."""
 
     step: Step
     slots: StepPlan
     lengths: Tensor  # [B] int64: slots of each row that hold a token, the new ones included
-    rows: Tensor  # [N] row, column in the step, page and place of every token that is written
-    columns: Tensor
-    pages: Tensor
-    offsets: Tensor
+    rows: Tensor  # [N] row of the batch
+    columns: Tensor  # [N] place among the step's tokens
+    pages: Tensor  # [N] page that takes it
+    offsets: Tensor  # [N] place in that page
     near: tuple[int, Tensor] | None = None  # windowed layers: the first page read, and what is visible from there on
 
 
