@@ -106,22 +106,29 @@ class ContiguousCache(KVCache, Protocol):
 
 
 class Place(NamedTuple):
-    """Where the layers of one kind put a single row's new token, and what it sees: slots 0..sinks-1 and first..slot."""
+    """Where the layers of one kind put a single row's new tokens, and what these see of the older ones."""
 
-    slot: int
-    first: int
-    sinks: int
+    slot: int  # of the first; the others follow
+    first: Sequence[int]  # for each new token, the first slot that it sees …
+    sinks: int  # … beside slots 0..sinks-1
 
 
 class PlacedCache(KVCache, Protocol):
     """A cache that lets a fast path write the keys and values of a single row into its pools, windows or not."""
 
-    can_place: bool  # may change from step to step
     pools: list[Tensor]  # one a kind of layer: [L, 2 (keys, values), 1, Hk, capacity, D], keys rotated
     homes: Sequence[tuple[int, int]]  # of each layer: its kind, and its index among the layers of that kind
 
+    def can_place(self, tokens: int) -> bool:
+        """Whether the next `tokens` of the row can be placed; it may change from step to step."""
+        ...
+
     def place_one(self, position: int) -> list[Place]:
-        """Commit one token whose keys and values the caller stores; a place for each kind."""
+        """Commit one token whose keys and values the caller stores; a place for each kind of layer."""
+        ...
+
+    def place(self, step: Step) -> list[Place]:
+        """Place a step's tokens likewise; they are tentative until `commit`."""
         ...
 
 

@@ -128,6 +128,13 @@ class SlotMap:
         keys = self.table[:, None, :stop]
         return (positions[:, :, None] - keys < self.window) | (keys < self.sinks)
 
+    def reserve_row(self, positions: Tensor) -> int:
+        """Place a step [1, T] of the only row -> the first of its slots, for which there is room."""
+        slot, width = self.counts[0], positions.shape[1]
+        self.pending = [width]
+        self.table[:, slot : slot + width] = positions
+        return slot
+
     def make_room(self, width: int) -> Tensor | None:
         """Evict where `width` more tokens would not fit: old slots [B, n] that move to slots 0..n-1, or None."""
         if self.window is None or max(self.counts) + width <= self.capacity:
@@ -146,17 +153,20 @@ class SlotMap:
 
     def commit(self, kept: Sequence[int | Sequence[int]]) -> Tensor | None:
         """Keep a prefix (int) or a choice (ascending list) of each row's pending slots. Returns moves or None."""
-        moves, moved = [], False
-        for row, choice in enumerate(kept):
-            count = self.counts[row]
-            chosen = list(range(choice)) if isinstance(choice, int) else list(choice)
-            if any(index >= self.pending[row] for index in chosen):
-                raise ValueError(f"row {row}: cannot keep {chosen} of {self.pending[row]} new tokens")
-            moved = moved or chosen != list(range(len(chosen)))
-            moves.append(torch.tensor([*range(count), *(count + index for index in chosen)], device=self.device))
-            self.counts[row] = count + len(chosen)
-        self.pending = [0] * len(self.counts)
-        return self._move(moves) if moved else None
+        chosen = [list(range(choice)) if isinstance(choice, int) else list(choice) for choice in kept]
+        for row, choice in enumerate(chosen):
+            if any(index >= self.pending[row] for index in choice):
+                raise ValueError(f"row {row}: cannot keep {choice} of {self.pending[row]} new tokens")
+        before, self.pending = self.counts, [0] * len(self.counts)
+        self.counts = [count + len(choice) for count, choice in zip(before, chosen, strict=True)]
+        if all(choice == list(range(len(choice))) for choice in chosen):
+            return None
+        return self._move(
+            [
+                torch.tensor([*range(count), *(count + index for index in choice)], device=self.device)
+                for count, choice in zip(before, chosen, strict=True)
+            ]
+        )
 
     def count_before(self, row: int, position: int) -> int:
         """Slots of `row` whose tokens stand before `position`. Raises FewerError where a query at `position` would miss

@@ -201,10 +201,7 @@ class StoredCache:
     def begin(self, step: Step) -> None:
         batch, width = step.positions.shape
         new = list(step.lengths) if step.lengths is not None else [width] * batch
-        if self._tentative:  # the last step failed or was given up
-            for slots in self.maps:
-                for row, count in enumerate(slots.counts):
-                    self._clear(slots, row, count, count + self._tentative)
+        self._drop_tentative()
         self._tentative = width
         for slots in self.maps:
             plan, moves = slots.plan(step, new, width)
@@ -232,24 +229,35 @@ class StoredCache:
         self.committed[0] += 1
         return slot
 
-    @property
-    def can_place(self) -> bool:
-        """Whether a single row's slots are its sinks and an unbroken run up to the last token."""
-        return self.batch == 1 and not self.renumbers and not self.skips
+    def can_place(self, tokens: int) -> bool:
+        """Whether a single row's slots are its sinks and an unbroken run, and the next `tokens` see one another."""
+        plain = self.batch == 1 and not self.renumbers and not self.skips
+        return plain and all(slots.window is None or tokens <= slots.window for slots in self.maps)
 
     def place_one(self, position: int) -> list[Place]:
         """Commit one token of the single row, which a fast path stores itself; a place for each kind of layer."""
         places = []
         for slots in self.maps:
-            moves = slots.make_room(1)
-            if moves is not None:
-                self._move(slots, moves)
+            self._make_room(slots, 1)
             slot = slots.counts[0]
             slots.table[0, slot] = position
             slots.counts[0] = slot + 1
             first = 0 if slots.window is None else max(0, slot + 1 - slots.window)
-            places.append(Place(slot, first, slots.sinks))
+            places.append(Place(slot, (first,), slots.sinks))
         self.committed[0] += 1
+        return places
+
+    def place(self, step: Step) -> list[Place]:
+        """The same for a step's tokens, which are tentative until `commit`."""
+        self._drop_tentative()
+        positions, places = step.positions[0].tolist(), []
+        for slots in self.maps:
+            self._make_room(slots, len(positions))
+            slot = slots.reserve_row(step.positions)
+            ahead = slot - self.committed[0] + 1  # from a position to the slot behind its own
+            first = [0 if slots.window is None else max(0, at + ahead - slots.window) for at in positions]
+            places.append(Place(slot, first, slots.sinks))
+        self._tentative, self._step = len(positions), None
         return places
 
     def truncate(self, row: int, length: int) -> None:
@@ -261,6 +269,18 @@ class StoredCache:
             slots.counts[row] = kept
         self.committed[row] = min(self.committed[row], length)
         self._step = None
+
+    def _drop_tentative(self) -> None:
+        """The last step failed or was given up."""
+        if self._tentative:
+            for slots in self.maps:
+                for row, count in enumerate(slots.counts):
+                    self._clear(slots, row, count, count + self._tentative)
+
+    def _make_room(self, slots: SlotMap, tokens: int) -> None:
+        moves = slots.make_room(tokens)
+        if moves is not None:
+            self._move(slots, moves)
 
     def _clear(self, slots: SlotMap, row: int, start: int, stop: int) -> None:
         """What was stored may not be finite, and a mask keeps no NaN out: 0·NaN is NaN."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewer.engine.collector import CollectorPause
-from fewer.engine.native_token import NativeToken
-from fewer.engine.native_token import supports as native_supports
+from fewer.engine.native import NativeDecoder
+from fewer.engine.native import supports as native_supports
 from fewer.engine.single_token import SingleToken
 from fewer.engine.single_token import supports as scripted_supports
 from fewer.engine.threads import Governor
@@ -43,7 +43,12 @@ class Runner:
         """Run one pass. Raises NumericalError, naming the layer, when the result is not finite."""
         if self.cuda is not None and _is_one_token(step) and self.cuda.accepts(cache, step.positions.shape[0]):
             return self._decode_rows(self.cuda, step, cache)
-        output = self.model.forward(step, cache)
+        native = self.single
+        if isinstance(native, NativeDecoder) and native.takes(step) and native.accepts(cache, step.positions.shape[1]):
+            with self._short_step():
+                output = native.run_step(step, cast(Any, cache))
+        else:
+            output = self.model.forward(step, cache)
         if output.logits is not None and not math.isfinite(float(output.logits.sum())):
             self._explain(step, cache)
         return output
@@ -149,9 +154,9 @@ def _is_one_token(step: Step) -> bool:
     )
 
 
-def _single_token(model: Transformer) -> SingleToken | NativeToken | None:
+def _single_token(model: Transformer) -> SingleToken | NativeDecoder | None:
     if native_supports(model):
-        return NativeToken(model)
+        return NativeDecoder(model)
     return SingleToken(model) if scripted_supports(model) else None
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
-from fewer.engine import native_token, single_token
-from fewer.engine.native_token import NativeToken
+from fewer.engine import native, single_token
+from fewer.engine.native import NativeDecoder
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
 from fewer.engine.single_token import SingleToken
@@ -19,6 +19,7 @@ from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.native import Unavailable, library
 from fewer.model.config import ExpertsConfig, ModelConfig, RopeScaling
 from fewer.model.transformer import Transformer
+from fewer.slots import DraftTree
 from fewer.weights.int4 import Int4Config, Int4Weights
 from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
@@ -57,15 +58,15 @@ FORMATS: dict[str, tuple[torch.dtype, Quantize, float]] = {  # dtype, format, to
 }
 
 
-Way = type[SingleToken] | type[NativeToken]
+Way = type[SingleToken] | type[NativeDecoder]
 has_compiler = not isinstance(library(), Unavailable)
 no_compiler = pytest.mark.skipif(not has_compiler, reason="there is no C compiler")
-every_way = pytest.mark.parametrize("way", [SingleToken, pytest.param(NativeToken, marks=no_compiler)])
+every_way = pytest.mark.parametrize("way", [SingleToken, pytest.param(NativeDecoder, marks=no_compiler)])
 
 
 def runners(model: Transformer, way: Way) -> tuple[Runner, Runner]:
     """One with the fast path and one without it."""
-    supports = native_token.supports if way is NativeToken else single_token.supports
+    supports = native.supports if way is NativeDecoder else single_token.supports
     assert supports(model)
     fast, general = Runner(model), Runner(model)
     fast.single, general.single = way(model), None
@@ -170,7 +171,7 @@ WINDOWS = {
 @pytest.mark.parametrize("cache", [FullCache, SinkWindowCache])
 @pytest.mark.parametrize("windows", WINDOWS)
 def test_sliding_windows_equal_the_general_path_before_and_after_they_evict(windows: str, cache: type) -> None:
-    fast, general, tolerance = build(replace(BASE, **WINDOWS[windows]), "float32", NativeToken)
+    fast, general, tolerance = build(replace(BASE, **WINDOWS[windows]), "float32", NativeDecoder)
     settings = [SinkWindowConfig(3, 12)] if cache is SinkWindowCache else []
     sessions = [new_session(r.model, 1, cache, *settings, context=1000, runner=r) for r in (fast, general)]
     assert fast.has_fast_path(sessions[0].cache)
@@ -212,7 +213,7 @@ def test_attention_over_many_keys_equals_the_general_path(heads: tuple[int, int,
     """Several parts, several chunks in a part, and what the last of sixteen keys leaves over."""
     count, groups, dim = heads
     config = replace(BASE, heads=count, kv_heads=groups, head_dim=dim, hidden_size=64)
-    fast, general = runners(random_transformer(config, dtype=dtype, spread=1.0), NativeToken)
+    fast, general = runners(random_transformer(config, dtype=dtype, spread=1.0), NativeDecoder)
     sessions = [new_session(runner.model, 1, context=3000, runner=runner) for runner in (fast, general)]
     for length in (62, 67, 130, 1001):
         for session in sessions:
@@ -240,6 +241,70 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     finally:
         torch.set_num_threads(all_threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def few_formats(name: str) -> Transformer:
+    dtype, quantize, _ = FORMATS[name]
+    return random_transformer(BASE, dtype=dtype, quantize=quantize, spread=1.0)
+
+
+@no_compiler
+@pytest.mark.parametrize("length", [1, 60, 500])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_verifying_a_draft_gives_the_very_bits_of_plain_decoding(kind: str, length: int) -> None:
+    model, text = few_formats(kind), random_tokens(20, seed=4)
+    plain, drafted = new_session(model, context=1000), new_session(model, context=1000)
+    for session in (plain, drafted):
+        session.prefill([random_tokens(length)])
+    one_by_one = torch.cat([plain.decode([token]) for token in text])
+    together = []
+    for count in (1, 2, 3, 4, 5, 6, 7):
+        start = len(together)
+        if start + count > len(text):
+            break
+        part = text[start : start + count]
+        logits = drafted.verify([DraftTree(part, list(range(-1, count - 1)))])[0]
+        assert logits is not None
+        together += list(logits)
+        drafted.commit([list(range(count))])
+    assert len(together) == 15
+    assert torch.equal(torch.stack(together), one_by_one[:15])
+
+
+@no_compiler
+def test_a_branch_of_a_tree_gives_the_numbers_of_plain_decoding() -> None:
+    model = few_formats("int4 and int8")
+    tree = DraftTree([5, 6, 7, 8, 9, 10], [-1, 0, 0, 1, 2, 4])
+    session = new_session(model)
+    session.prefill([random_tokens(62)])  # the tree lies across a chunk's end
+    logits = session.verify([tree])[0]
+    assert logits is not None
+    session.commit([[0, 2, 4, 5]])
+    after = session.decode([11])
+    plain = new_session(model)
+    plain.prefill([random_tokens(62)])
+    expected = torch.cat([plain.decode([token]) for token in (5, 7, 9, 10, 11)])
+    found = torch.cat((logits[[0, 2, 4, 5]], after))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)  # keys lie elsewhere, and add up in another order
+
+
+@no_compiler
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_drafts_under_a_sliding_window_equal_the_general_path(windows: str) -> None:
+    fast, general, tolerance = build(replace(BASE, **WINDOWS[windows]), "float32", NativeDecoder)
+    sessions = [new_session(r.model, 1, context=1000, runner=r) for r in (fast, general)]
+    tree = DraftTree([5, 6, 7, 8], [-1, 0, 0, 2])
+    wide = DraftTree(list(range(9)), list(range(-1, 8)))  # wider than the window
+    for length in (3, 40, 250):
+        for session in sessions:
+            session.prefill([random_tokens(length)])
+        for draft, kept in ((tree, [0, 2, 3]), (wide, [0, 1, 2, 3])):
+            left, right = (session.verify([draft])[0] for session in sessions)
+            assert left is not None and right is not None
+            assert float((left - right).abs().max()) <= tolerance * float(right.max() - right.min())
+            for session in sessions:
+                session.commit([kept])
+        compare(*sessions, 3, tolerance)
 
 
 REFUSED = {
@@ -273,7 +338,7 @@ def test_networks_that_torchscript_does_not_run_take_another_way(reason: str) ->
     model = random_transformer(replace(BASE, **REFUSED[reason]))
     assert not single_token.supports(model)
     runner = Runner(model)
-    assert isinstance(runner.single, NativeToken) == (has_compiler and reason != "experts")
+    assert isinstance(runner.single, NativeDecoder) == (has_compiler and reason != "experts")
     session, whole = new_session(model, 1, FullCache, runner=runner), new_session(model)
     tokens = random_tokens(24)
     session.prefill([tokens[:20]])
@@ -340,5 +405,5 @@ def test_a_part_without_a_cpu_kernel_is_refused() -> None:
     config = replace(BASE, hidden_size=72, heads=4, kv_heads=2)  # int8 has no kernel for 72 columns
     kinds = dict.fromkeys(("q", "k", "o", "gate", "up", "down", "embed", "head"), "dense")
     model = random_transformer(config, dtype=torch.bfloat16, quantize=of_parts(torch.bfloat16, v="int8", **kinds))
-    assert not single_token.supports(model) and not native_token.supports(model)
+    assert not single_token.supports(model) and not native.supports(model)
     assert new_session(model).decode([1]).isfinite().all()

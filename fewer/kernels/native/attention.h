@@ -1,19 +1,39 @@
-// One query against the keys and values of a row: softmax(q·K) V, float32, by parts that are merged by their maxima.
-// How the keys are divided depends on how many there are and never on the number of threads, so neither do the sums.
+// A few queries against the keys and values of one row: softmax(q·K) V, float32, chunk by chunk of keys, and the chunks
+// merged by their maxima. Where a chunk begins depends on nothing but its number, and chunks are merged in order, so a
+// query's numbers do not change with the number of threads or of queries beside it.
 #pragma once
 #include "products.h"
 
-enum { KEYS_AT_ONCE = 128, AHEAD = 128, MOST_PARTS = 8, MOST_GROUP = 64, WIDEST_HEAD = 256 };
+enum { KEYS_AT_ONCE = 64, KEYS_AHEAD = 96, MOST_QUERIES = 256, WIDEST_HEAD = 256, MOST_ROWS = 32 };
 
 typedef struct {
-    int32_t bfloat16;             // what keys and values are stored in; otherwise float32
+    int32_t bfloat16;  // what keys and values are stored in; otherwise float32
     int32_t heads, kv_heads, dim;
-    float softcap;                // 0: none
+    float softcap;  // 0: none
 } Heads;
 
-typedef struct {  // one part's result for one query head, before division by `sum`
-    float top, sum, out[WIDEST_HEAD];
-} Partial;
+typedef struct {  // the new tokens among the slots of a store, and what each of them sees
+    int32_t start, count;        // their slots: start..start+count-1
+    int32_t sinks;               // slots 0..sinks-1 are visible to all
+    int32_t first[MOST_ROWS];    // then slots first[row]..start-1
+    uint32_t sees[MOST_ROWS];    // and of the new tokens those whose bit is set
+} Visible;
+
+// A chunk's result for one query before division by `sum`: top, sum, out [dim].
+static inline size_t partial_size(const Heads *heads) { return heads->dim + LANES; }
+
+static inline int chunk_start(int chunk) {  // 64 keys a chunk up to slot 512, 256 up to 4,096, then 1,024
+    if (chunk <= 8) return 64 * chunk;
+    return chunk <= 22 ? 512 + 256 * (chunk - 8) : 4096 + 1024 * (chunk - 22);
+}
+
+static inline int chunks_of(int keys) {
+    int chunks = 0;
+    while (chunk_start(chunks) < keys) chunks++;
+    return chunks;
+}
+
+static inline size_t row_size(const Heads *heads) { return (size_t)heads->dim * (heads->bfloat16 ? 2 : 4); }
 
 static inline f32x16 load_stored(const Heads *heads, const char *row, int at) {
     return heads->bfloat16 ? load_bfloat16((const uint16_t *)row + at) : load((const float *)row + at);
@@ -26,126 +46,139 @@ static inline f32x16 capped(f32x16 score, float softcap) {  // softcap · tanh(s
     return (f32x16)(((i32x16)-size & negative) | ((i32x16)size & ~negative));
 }
 
-// scores[i] of `count` keys (at most KEYS_AT_ONCE) for the queries q [group, dim]; -inf behind them. The values, wanted
-// next, and the keys after these are fetched from memory meanwhile.
-static void score(const Heads *heads, const float *q, int group, const char *keys, const char *values, int count,
+typedef struct {  // the queries that share a KV head: query i is head i % group of row i / group
+    const float *q;
+    size_t stride;  // from one row to the next
+    int group, count;
+} Queries;
+
+static inline const float *query(const Queries *queries, int i, int dim) {
+    return queries->q + (i / queries->group) * queries->stride + (size_t)(i % queries->group) * dim;
+}
+
+// scores[i] of `count` keys (at most KEYS_AT_ONCE); -inf behind them. The values, wanted next, and the keys after these are
+// fetched from memory meanwhile.
+static void score(const Heads *heads, const Queries *queries, const char *keys, const char *values, int count,
                   float (*scores)[KEYS_AT_ONCE]) {
     const int dim = heads->dim;
-    const size_t row = (size_t)dim * (heads->bfloat16 ? 2 : 4);
+    const size_t row = row_size(heads);
     float wide[LANES * WIDEST_HEAD];
     for (int first = 0; first < count; first += LANES) {
-        int present = count - first < LANES ? count - first : LANES;
+        const int present = count - first < LANES ? count - first : LANES;
         for (int i = 0; i < LANES; i++) {  // beyond the last key its neighbour stands in
             const char *key = keys + row * (first + (i < present ? i : present - 1));
             for (size_t at = 0; at < row; at += 64) {
-                __builtin_prefetch(key + row * AHEAD + at);
+                __builtin_prefetch(key + row * KEYS_AHEAD + at);
                 __builtin_prefetch(values + row * (first + i) + at);
             }
             for (int at = 0; at < dim; at += LANES) store(wide + i * dim + at, load_stored(heads, key, at));
         }
-        for (int g = 0; g < group; g++) {
+        for (int each = 0; each < queries->count; each++) {
+            const float *q = query(queries, each, dim);
             f32x16 dot[LANES];
-            for (int i = 0; i < LANES; i++) dot[i] = load(wide + i * dim) * load(q + g * dim);
+            for (int i = 0; i < LANES; i++) dot[i] = load(wide + i * dim) * load(q);
             for (int at = LANES; at < dim; at += LANES)
-                for (int i = 0; i < LANES; i++) dot[i] += load(wide + i * dim + at) * load(q + g * dim + at);
+                for (int i = 0; i < LANES; i++) dot[i] += load(wide + i * dim + at) * load(q + at);
             f32x16 all = sums_of_16(dot);
-            store(scores[g] + first, heads->softcap ? capped(all, heads->softcap) : all);
+            store(scores[each] + first, heads->softcap ? capped(all, heads->softcap) : all);
+            for (int i = present; i < LANES; i++) scores[each][first + i] = -INFINITY;
         }
-        for (int g = 0; g < group; g++)
-            for (int i = present; i < LANES; i++) scores[g][first + i] = -INFINITY;
+    }
+}
+
+// Hides what a query does not see, where the slots from `first` on hold anything that some query does not.
+static void hide(const Visible *visible, const Queries *queries, int first, int count, float (*scores)[KEYS_AT_ONCE]) {
+    for (int each = 0; each < queries->count; each++) {
+        const int row = each / queries->group, from = visible->first[row];
+        if (first >= from && first + count <= visible->start) continue;
+        for (int i = 0; i < count; i++) {
+            const int slot = first + i, fresh = slot - visible->start;
+            const int seen = fresh >= 0 ? (int)(visible->sees[row] >> fresh & 1) : slot >= from || slot < visible->sinks;
+            if (!seen) scores[each][i] = -INFINITY;
+        }
     }
 }
 
 // Turns scores into weights e^(score - top), and what was summed before into the new scale.
-static void weigh(Partial *partial, float *scores, int count, int dim) {
-    f32x16 top = splat(partial->top);
+static void weigh(float *partial, float *scores, int count, int dim) {
+    float *out = partial + LANES;
+    f32x16 top = splat(partial[0]);
     for (int at = 0; at < count; at += LANES) top = maximum(top, load(scores + at));
     float highest = top[0];
     for (int i = 1; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
+    const float base = highest == -INFINITY ? 0 : highest;  // nothing is visible yet
     f32x16 total = splat(0);
     for (int at = 0; at < count; at += LANES) {
-        f32x16 weight = exponential(load(scores + at) - splat(highest));
+        f32x16 weight = exponential(load(scores + at) - splat(base));
         store(scores + at, weight);
         total += weight;
     }
-    float shrink = partial->sum ? expf(partial->top - highest) : 0;
-    partial->sum = partial->sum * shrink + sum(total);
-    partial->top = highest;
-    for (int at = 0; at < dim; at += LANES) store(partial->out + at, load(partial->out + at) * shrink);
+    const float shrink = partial[1] ? expf(partial[0] - base) : 0;
+    partial[1] = partial[1] * shrink + sum(total);
+    partial[0] = highest;
+    for (int at = 0; at < dim; at += LANES) store(out + at, load(out + at) * shrink);
 }
 
-// out += weights · values, sixteen channels and at most eight queries at a time.
-static void gather(const Heads *heads, Partial *partials, int group, const char *values, int count, float (*weights)[KEYS_AT_ONCE]) {
-    const size_t row = (size_t)heads->dim * (heads->bfloat16 ? 2 : 4);
-    for (int from = 0; from < group; from += 4) {
-        int queries = group - from < 4 ? group - from : 4;
-        for (int at = 0; at < heads->dim; at += LANES) {
-            f32x16 out[4] = {0};
-            if (queries == 4)
-                for (int i = 0; i < count; i++) {
-                    f32x16 value = load_stored(heads, values + row * i, at);
-                    for (int g = 0; g < 4; g++) out[g] += weights[from + g][i] * value;
-                }
-            else if (queries == 3)
-                for (int i = 0; i < count; i++) {
-                    f32x16 value = load_stored(heads, values + row * i, at);
-                    for (int g = 0; g < 3; g++) out[g] += weights[from + g][i] * value;
-                }
-            else
-                for (int i = 0; i < count; i++) {
-                    f32x16 value = load_stored(heads, values + row * i, at);
-                    for (int g = 0; g < queries; g++) out[g] += weights[from + g][i] * value;
-                }
-            for (int g = 0; g < queries; g++) {
-                float *sum_of = partials[from + g].out + at;
-                store(sum_of, load(sum_of) + out[g]);
-            }
+// out += weights · values, for `count` queries.
+FOLDED void gather_for(const Heads *heads, float *partials, size_t size, const char *values, int keys,
+                       float (*weights)[KEYS_AT_ONCE], const int count) {
+    const size_t row = row_size(heads);
+    for (int at = 0; at < heads->dim; at += LANES) {
+        f32x16 out[4] = {0};
+        for (int i = 0; i < keys; i++) {
+            f32x16 value = load_stored(heads, values + row * i, at);
+            for (int each = 0; each < count; each++) out[each] += weights[each][i] * value;
+        }
+        for (int each = 0; each < count; each++) {
+            float *into = partials + each * size + LANES + at;
+            store(into, load(into) + out[each]);
         }
     }
 }
 
-static inline int parts_of(int count) {
-    int parts = 1;
-    while (parts < MOST_PARTS && count > 64 * parts) parts *= 2;
-    return parts;
+static void gather(const Heads *heads, float *partials, size_t size, int count, const char *values, int keys,
+                   float (*weights)[KEYS_AT_ONCE]) {
+    for (int from = 0; from < count; from += 4) {
+        float *into = partials + from * size;
+        switch (count - from) {
+            case 1: gather_for(heads, into, size, values, keys, weights + from, 1); break;
+            case 2: gather_for(heads, into, size, values, keys, weights + from, 2); break;
+            case 3: gather_for(heads, into, size, values, keys, weights + from, 3); break;
+            default: gather_for(heads, into, size, values, keys, weights + from, 4);
+        }
+    }
 }
 
-// One part of one KV head: keys and values are those of slots start..stop-1, [.., dim]; q [group, dim] -> partials [group].
-static void attend_part(const Heads *heads, const float *q, const char *keys, const char *values, int start, int stop, Partial *partials) {
-    const int group = heads->heads / heads->kv_heads;
-    const size_t row = (size_t)heads->dim * (heads->bfloat16 ? 2 : 4);
-    float scores[MOST_GROUP][KEYS_AT_ONCE];
-    for (int g = 0; g < group; g++) {
-        partials[g].top = -INFINITY;
-        partials[g].sum = 0;
-        memset(partials[g].out, 0, sizeof(float) * heads->dim);
+// One chunk of one KV head, slots start..stop-1 -> partials [queries].
+static void attend_chunk(const Heads *heads, const Visible *visible, const Queries *queries, const char *keys, const char *values,
+                         int start, int stop, float *partials) {
+    const size_t row = row_size(heads), size = partial_size(heads);
+    float scores[MOST_QUERIES][KEYS_AT_ONCE];
+    for (int each = 0; each < queries->count; each++) {
+        float *partial = partials + each * size;
+        memset(partial, 0, sizeof(float) * size);
+        partial[0] = -INFINITY;
     }
     for (int first = start; first < stop; first += KEYS_AT_ONCE) {
-        int count = stop - first < KEYS_AT_ONCE ? stop - first : KEYS_AT_ONCE;
-        score(heads, q, group, keys + row * first, values + row * first, count, scores);
-        for (int g = 0; g < group; g++) weigh(partials + g, scores[g], count, heads->dim);
-        gather(heads, partials, group, values + row * first, count, scores);
+        const int count = stop - first < KEYS_AT_ONCE ? stop - first : KEYS_AT_ONCE;
+        score(heads, queries, keys + row * first, values + row * first, count, scores);
+        hide(visible, queries, first, count, scores);
+        for (int each = 0; each < queries->count; each++) weigh(partials + each * size, scores[each], count, heads->dim);
+        gather(heads, partials, size, queries->count, values + row * first, count, scores);
     }
 }
 
-// partials [parts, heads] -> out [heads, dim].
-static void merge(const Heads *heads, const Partial *partials, int parts, float *out) {
-    for (int head = 0; head < heads->heads; head++, out += heads->dim) {
-        float top = -INFINITY, total = 0, share_of[MOST_PARTS];
-        for (int i = 0; i < parts; i++) {
-            const Partial *part = partials + i * heads->heads + head;
-            if (part->top > top) top = part->top;
-        }
-        for (int i = 0; i < parts; i++) {
-            const Partial *part = partials + i * heads->heads + head;
-            share_of[i] = part->sum ? expf(part->top - top) : 0;
-            total += share_of[i] * part->sum;
-        }
-        for (int at = 0; at < heads->dim; at += LANES) {
-            f32x16 mixed = splat(0);
-            for (int i = 0; i < parts; i++)
-                if (share_of[i]) mixed += share_of[i] * load(partials[i * heads->heads + head].out + at);
-            store(out + at, mixed / total);
-        }
+// partials (of chunk i at partials + i · stride) -> out [dim], all for one query.
+static void merge(const Heads *heads, const float *partials, size_t stride, int chunks, float *out) {
+    float top = -INFINITY, total = 0;
+    for (int i = 0; i < chunks; i++) top = partials[i * stride] > top ? partials[i * stride] : top;
+    for (int at = 0; at < heads->dim; at += LANES) store(out + at, splat(0));
+    for (int i = 0; i < chunks; i++) {
+        const float *partial = partials + i * stride;
+        if (!partial[1]) continue;
+        const float weight = expf(partial[0] - top);
+        total += weight * partial[1];
+        for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) + weight * load(partial + LANES + at));
     }
+    for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) / total);
 }

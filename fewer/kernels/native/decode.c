@@ -1,6 +1,6 @@
-// One token through a decoder on the CPU: every thread runs the same function and computes its share of each product's rows;
-// what is small (norms, rotation, the activation) every thread computes for itself, which is cheaper than a meeting.
-// The network is that of fewer/model/transformer.py; fewer/engine/native_token.py fills these structures in.
+// A few tokens of one sequence through a decoder on the CPU: every thread runs the same function and computes its share of
+// each product's rows; what is small (norms, rotation, the activation) every thread computes for itself, which is cheaper than a meeting.
+// The network is that of fewer/model/transformer.py; fewer/engine/native.py fills these structures in.
 #include "attention.h"
 #include "threads.h"
 #include <stdlib.h>
@@ -20,7 +20,8 @@ typedef struct {
 typedef struct {
     int32_t layers, hidden, intermediate, vocab, activation, qk_norm, rotary;  // rotary: channels of a head that turn
     Heads heads;
-    float eps, scale, clip_qkv, residual_scale;  // clip_qkv 0: none
+    float eps, scale, clip_qkv, residual_scale, embedding_scale;  // clip_qkv 0: none
+    Matrix embed;  // of one part
     const Layer *layer;
     const float *norm;
     Matrix head;
@@ -29,31 +30,34 @@ typedef struct {
 typedef struct {  // where the keys and values of one kind of layer are: [layers, 2, kv_heads, capacity, dim] of one row
     char *pool;
     int64_t layer, value, head;  // bytes from one layer to the next, from keys to values, from a head to the next
-    int32_t slot;                // the new token's
-    int32_t sinks, first;        // visible: slots 0..sinks-1 and first..slot
+    Visible visible;
 } Store;
 
 typedef struct {
     const Model *model;
-    const float *embedded;  // [d]
-    const float *turns[2];  // this position's cos and sin in pairs, [rotary / 2, 2]
+    int32_t rows;            // tokens, at most MOST_ROWS
+    int32_t token[MOST_ROWS];
+    const float *turns[2];   // cos and sin in pairs of each token's position, [rows, rotary / 2, 2]
     Store store[2];
-    float *shared;   // shared_size floats
-    float *logits;   // [vocab]
-    int32_t best;    // out: the index of the largest logit
-    int32_t finite;  // out
+    float *shared;           // fewer_shared_size floats
+    float *logits;           // [rows, vocab]
+    float *hidden;           // [rows, d] after the final norm, or NULL
+    int32_t best[MOST_ROWS]; // out: the index of the largest logit of each row
+    int32_t finite;          // out: whether all logits are
 } Step;
 
-// Buffers: what all threads see, and one thread's own.
+// What all threads see, in floats, and what each has for itself. Buffers begin at whole vectors.
 static size_t up(size_t count) { return (count + 31) & ~(size_t)15; }
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static size_t widest(const Model *m) {  // of the vectors that a product reads
     return up(larger(larger(m->hidden, m->intermediate), (size_t)m->heads.heads * m->heads.dim));
 }
-static size_t qkv_width(const Model *m) { return (size_t)(m->heads.heads + 2 * m->heads.kv_heads) * m->heads.dim; }
-size_t fewer_shared_size(const Model *m) {
-    return up(qkv_width(m)) + 2 * up(m->hidden) + up(2 * (size_t)m->intermediate) +
-           (size_t)MOST_PARTS * m->heads.heads * (sizeof(Partial) / sizeof(float)) + 4 * MOST_THREADS;
+static size_t qkv_width(const Model *m) { return up((size_t)(m->heads.heads + 2 * m->heads.kv_heads) * m->heads.dim); }
+static size_t gate_up_width(const Model *m) { return up(2 * (size_t)m->intermediate); }
+
+size_t fewer_shared_size(const Model *m, int rows, int keys) {
+    size_t partials = (size_t)(chunks_of(keys) + 1) * m->heads.heads * partial_size(&m->heads);
+    return rows * (qkv_width(m) + 2 * up(m->hidden) + gate_up_width(m) + partials) + 4 * MOST_THREADS;
 }
 
 static void rms_norm(const float *x, const float *gain, int size, float eps, float *out) {
@@ -107,43 +111,89 @@ static void keep(const Heads *heads, const float *x, char *row) {
         for (int i = 0; i < heads->dim; i++) ((uint16_t *)row)[i] = to_bfloat16(x[i]);
 }
 
-// This thread's parts of the attention of one layer; the last part's owner stores the new key and value first.
-static int attend(const Model *m, const Layer *layer, const Step *step, const float *qkv, int thread, int threads, float *own, Partial *partials) {
+// Which chunks of a store some row sees: the first `sinks` ones, and those from `first` to `last`.
+typedef struct {
+    int sinks, first, last, count;
+} Chunks;
+
+static Chunks chunks_of_store(const Visible *visible, int rows) {
+    int lowest = visible->first[0];
+    for (int row = 1; row < rows; row++) lowest = visible->first[row] < lowest ? visible->first[row] : lowest;
+    Chunks chunks = {.first = 0, .last = chunks_of(visible->start + visible->count)};
+    while (chunk_start(chunks.first + 1) <= lowest) chunks.first++;
+    chunks.sinks = chunks_of(visible->sinks);
+    if (chunks.sinks > chunks.first) chunks.sinks = chunks.first;
+    chunks.count = chunks.sinks + chunks.last - chunks.first;
+    return chunks;
+}
+
+// Slots of the index-th of these chunks.
+static void chunk_range(const Chunks *chunks, const Visible *visible, int index, int *start, int *stop) {
+    const int is_sink = index < chunks->sinks, chunk = is_sink ? index : chunks->first + index - chunks->sinks;
+    const int end = is_sink ? visible->sinks : visible->start + visible->count;
+    *start = chunk_start(chunk);
+    *stop = chunk_start(chunk + 1) < end ? chunk_start(chunk + 1) : end;
+}
+
+// This thread's share of one layer's attention -> partials [chunks, rows · heads]; a unit is a chunk of one KV head. Whoever
+// reads a new token's slot writes it first: two threads may write the same bytes there.
+static Chunks attend(const Layer *layer, const Step *step, const float *qkv, int thread, int threads, float *own, float *partials) {
+    const Model *m = step->model;
     const Heads *heads = &m->heads;
-    const Store *store_ = step->store + layer->kind;
-    const int dim = heads->dim, group = heads->heads / heads->kv_heads;
-    const size_t row = (size_t)dim * (heads->bfloat16 ? 2 : 4);
-    const float *turn = layer->turn < 0 ? NULL : step->turns[layer->turn];
-    char *keys = store_->pool + store_->layer * layer->index, *values = keys + store_->value;
-    const int sinks = store_->sinks < store_->first ? store_->sinks : store_->first;
-    const int count = store_->slot + 1 - store_->first, parts = parts_of(count);
-    int from, to;
-    share(parts, thread, threads, &from, &to);
-    if (from == to) return parts + (sinks > 0);
-    prepare(m, qkv, heads->heads, layer->q_norm, turn, m->scale, own);
-    if (to == parts) {
-        const float *k = qkv + heads->heads * dim, *v = k + heads->kv_heads * dim;
-        float *turned = own + heads->heads * dim, *clipped = turned + heads->kv_heads * dim;
-        prepare(m, k, heads->kv_heads, layer->k_norm, turn, 1, turned);
-        prepare(m, v, heads->kv_heads, NULL, NULL, 1, clipped);
-        for (int head = 0; head < heads->kv_heads; head++) {
-            keep(heads, turned + head * dim, keys + store_->head * head + row * store_->slot);
-            keep(heads, clipped + head * dim, values + store_->head * head + row * store_->slot);
+    const Store *stored = step->store + layer->kind;
+    const Visible *visible = &stored->visible;
+    const int dim = heads->dim, group = heads->heads / heads->kv_heads, rows = step->rows;
+    const size_t row = row_size(heads), size = partial_size(heads), stride = qkv_width(m);
+    char *keys = stored->pool + stored->layer * layer->index, *values = keys + stored->value;
+    const Chunks chunks = chunks_of_store(visible, rows);
+    int64_t all = 0, before = 0;
+    for (int i = 0, start, stop; i < chunks.count; i++) {
+        chunk_range(&chunks, visible, i, &start, &stop);
+        all += stop - start;
+    }
+    all *= heads->kv_heads;
+    int prepared = 0;
+    uint64_t kept[(1 << 12) / 64] = {0};  // KV heads whose new keys and values this thread has written
+    for (int i = 0, start, stop; i < chunks.count; i++) {
+        chunk_range(&chunks, visible, i, &start, &stop);
+        for (int head = 0; head < heads->kv_heads; head++, before += stop - start) {
+            if ((2 * before + stop - start) * threads / (2 * all) != thread) continue;
+            char *own_keys = keys + stored->head * head, *own_values = values + stored->head * head;
+            if (!prepared) {
+                prepared = 1;
+                for (int each = 0; each < rows; each++) {
+                    const float *turn = layer->turn < 0 ? NULL : step->turns[layer->turn] + (size_t)each * m->rotary;
+                    const float *projected = qkv + each * stride;
+                    float *q = own + each * stride, *k = q + heads->heads * dim, *v = k + heads->kv_heads * dim;
+                    prepare(m, projected, heads->heads, layer->q_norm, turn, m->scale, q);
+                    prepare(m, projected + (k - q), heads->kv_heads, layer->k_norm, turn, 1, k);
+                    prepare(m, projected + (v - q), heads->kv_heads, NULL, NULL, 1, v);
+                }
+            }
+            if (stop > visible->start && !(kept[head / 64] >> head % 64 & 1)) {
+                kept[head / 64] |= (uint64_t)1 << head % 64;
+                for (int each = 0; each < rows; each++) {
+                    const float *k = own + each * stride + (heads->heads + head) * dim, *v = k + heads->kv_heads * dim;
+                    keep(heads, k, own_keys + row * (visible->start + each));
+                    keep(heads, v, own_values + row * (visible->start + each));
+                }
+            }
+            Queries queries = {own + head * group * dim, stride, group, rows * group};
+            attend_chunk(heads, visible, &queries, own_keys, own_values, start, stop,
+                         partials + ((size_t)i * heads->kv_heads + head) * rows * group * size);
         }
     }
-    for (int head = 0; head < heads->kv_heads; head++) {
-        const char *own_keys = keys + store_->head * head, *own_values = values + store_->head * head;
-        const float *q = own + head * group * dim;
-        for (int part = from; part < to; part++) {
-            int start, stop;
-            share(count, part, parts, &start, &stop);
-            attend_part(heads, q, own_keys, own_values, store_->first + start, store_->first + stop,
-                        partials + part * heads->heads + head * group);
-        }
-        if (sinks > 0 && from == 0)
-            attend_part(heads, q, own_keys, own_values, 0, sinks, partials + parts * heads->heads + head * group);
-    }
-    return parts + (sinks > 0);
+    return chunks;
+}
+
+// partials [chunks, kv_heads, rows, group] -> out, row i at out + i · stride.
+static void merge_all(const Heads *heads, const float *partials, int chunks, int rows, float *out, size_t stride) {
+    const int group = heads->heads / heads->kv_heads;
+    const size_t size = partial_size(heads), step = size * heads->heads * rows;
+    for (int head = 0; head < heads->kv_heads; head++)
+        for (int row = 0; row < rows; row++)
+            for (int g = 0; g < group; g++, partials += size)
+                merge(heads, partials, step, chunks, out + row * stride + (size_t)(head * group + g) * heads->dim);
 }
 
 static void activate(const Model *m, const float *gate_up, float *out) {
@@ -172,23 +222,24 @@ static void activate(const Model *m, const float *gate_up, float *out) {
     }
 }
 
-static void find_best(const Step *step, int thread, int threads, float *best) {
+// The largest logit of a row among this thread's, and whether all of these are finite: best = {index, logit, strangeness}.
+static void find_best(const float *logits, int vocab, int thread, int threads, float *best) {
     int first, last, at;
-    share(step->model->vocab, thread, threads, &first, &last);
+    share(vocab, thread, threads, &first, &last);
     f32x16 top = splat(-INFINITY), odd = splat(0);
     for (at = first; at + LANES <= last; at += LANES) {
-        f32x16 v = load(step->logits + at);
+        f32x16 v = load(logits + at);
         top = maximum(top, v);
         odd += v * 0;  // NaN unless finite
     }
     float highest = -INFINITY, strange = sum(odd);
     for (int i = 0; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
     for (; at < last; at++) {
-        highest = step->logits[at] > highest ? step->logits[at] : highest;
-        strange += step->logits[at] * 0;
+        highest = logits[at] > highest ? logits[at] : highest;
+        strange += logits[at] * 0;
     }
     int index = first;
-    while (index < last - 1 && step->logits[index] != highest) index++;
+    while (index < last - 1 && logits[index] != highest) index++;
     memcpy(best, &index, sizeof index);
     best[1] = highest;
     best[2] = strange;
@@ -197,59 +248,67 @@ static void find_best(const Step *step, int thread, int threads, float *best) {
 static void decode(void *argument, int thread, int threads) {
     Step *step = argument;
     const Model *m = step->model;
-    const int hidden = m->hidden;
-    float *qkv = step->shared, *block = qkv + up(qkv_width(m)), *second = block + up(hidden);
-    float *gate_up = second + up(hidden), *found = gate_up + up(2 * (size_t)m->intermediate);
-    Partial *partials = (Partial *)(found + 4 * MOST_THREADS);
-    size_t wide = widest(m), own_queries = up(qkv_width(m));
-    float *own = malloc(sizeof(float) * (up(hidden) + wide + own_queries + up(wide / SHORTEST_GROUP + 1)));
-    float *residual = own, *x = residual + up(hidden), *queries = x + wide, *sums = queries + own_queries;
+    const int rows = step->rows, d = m->hidden;
+    const size_t hidden = up(d), wide = widest(m), qkv_stride = qkv_width(m), gate_stride = gate_up_width(m);
+    float *qkv = step->shared, *block = qkv + rows * qkv_stride, *second = block + rows * hidden;
+    float *gate_up = second + rows * hidden, *found = gate_up + rows * gate_stride, *partials = found + 4 * MOST_THREADS;
+    float *own = malloc(sizeof(float) * rows * (hidden + wide + qkv_stride + wide / SHORTEST_GROUP + 1));
+    float *residual = own, *x = residual + rows * hidden, *queries = x + rows * wide, *sums = queries + rows * qkv_stride;
+    const Rows input = {x, wide, rows};
 
-    memcpy(residual, step->embedded, sizeof(float) * hidden);
+    for (int row = 0; row < rows; row++) {
+        decode_row(m->embed.part, step->token[row], residual + row * hidden);
+        for (int i = 0; i < d; i++) residual[row * hidden + i] *= m->embedding_scale;
+        if (m->layer->attention_norm)
+            rms_norm(residual + row * hidden, m->layer->attention_norm, d, m->eps, x + row * wide);
+        else
+            memcpy(x + row * wide, residual + row * hidden, sizeof(float) * d);
+    }
     for (int index = 0; index < m->layers; index++) {
         const Layer *layer = m->layer + index;
-        if (index == 0) {
-            if (layer->attention_norm)
-                rms_norm(residual, layer->attention_norm, hidden, m->eps, x);
-            else
-                memcpy(x, residual, sizeof(float) * hidden);
-        }
-        product(&layer->qkv, x, sums, thread, threads, qkv);
+        product(&layer->qkv, &input, sums, thread, threads, qkv, qkv_stride);
         meet(threads);
-        int parts = attend(m, layer, step, qkv, thread, threads, queries, partials);
+        Chunks chunks = attend(layer, step, qkv, thread, threads, queries, partials);
         meet(threads);
-        merge(&m->heads, partials, parts, x);
-        product(&layer->o, x, sums, thread, threads, block);
+        merge_all(&m->heads, partials, chunks.count, rows, x, wide);
+        product(&layer->o, &input, sums, thread, threads, block, hidden);
         meet(threads);
-        add(m, residual, block, layer->post_attention_norm, layer->feed_forward_norm, x);
-        product(&layer->gate_up, x, sums, thread, threads, gate_up);
+        for (int row = 0; row < rows; row++)
+            add(m, residual + row * hidden, block + row * hidden, layer->post_attention_norm, layer->feed_forward_norm, x + row * wide);
+        product(&layer->gate_up, &input, sums, thread, threads, gate_up, gate_stride);
         meet(threads);
-        activate(m, gate_up, x);
-        product(&layer->down, x, sums, thread, threads, second);
+        for (int row = 0; row < rows; row++) activate(m, gate_up + row * gate_stride, x + row * wide);
+        product(&layer->down, &input, sums, thread, threads, second, hidden);
         meet(threads);
         const float *next = index + 1 < m->layers ? layer[1].attention_norm : m->norm;
-        add(m, residual, second, layer->post_feed_forward_norm, next, x);
+        for (int row = 0; row < rows; row++)
+            add(m, residual + row * hidden, second + row * hidden, layer->post_feed_forward_norm, next, x + row * wide);
     }
-    product(&m->head, x, sums, thread, threads, step->logits);
-    meet(threads);
-    find_best(step, thread, threads, found + 4 * thread);
+    if (thread == 0 && step->hidden)
+        for (int row = 0; row < rows; row++) memcpy(step->hidden + (size_t)row * d, x + row * wide, sizeof(float) * d);
+    product(&m->head, &input, sums, thread, threads, step->logits, m->vocab);
     free(own);
-    meet(threads);
-    if (thread) return;
-    float highest = -INFINITY, strange = 0;
-    for (int i = 0; i < threads; i++) {
-        strange += found[4 * i + 2];
-        if (found[4 * i + 1] > highest) {
+    float strange = 0;
+    for (int row = 0; row < rows; row++) {
+        meet(threads);  // logits are there; and what was found of the row before has been read
+        find_best(step->logits + (size_t)row * m->vocab, m->vocab, thread, threads, found + 4 * thread);
+        meet(threads);
+        float highest = -INFINITY;
+        for (int i = 0; i < threads; i++) {
+            strange += found[4 * i + 2];
+            if (found[4 * i + 1] <= highest) continue;
             highest = found[4 * i + 1];
-            memcpy(&step->best, found + 4 * i, sizeof step->best);
+            if (thread == 0) memcpy(step->best + row, found + 4 * i, sizeof step->best[row]);
         }
     }
-    step->finite = strange == 0;
+    if (thread == 0) step->finite = strange == 0;
 }
 
-// Sets step->logits, step->best and step->finite, and stores the token's keys and values. Returns 0.
+// Sets step->logits, best and finite, and stores the tokens' keys and values. Returns 0, or 1 for more than it can take.
 int fewer_decode(Step *step, int threads) {
-    step->best = 0;
+    const Heads *heads = &step->model->heads;
+    if (step->rows < 1 || step->rows > MOST_ROWS || step->rows * (heads->heads / heads->kv_heads) > MOST_QUERIES) return 1;
+    memset(step->best, 0, sizeof step->best);
     run_together(decode, step, threads);
     return 0;
 }

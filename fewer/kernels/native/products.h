@@ -1,5 +1,6 @@
-// y = x Wᵀ + b for one row x, float32 throughout; W [rows, columns] stays as PyTorch's CPU kernels hold it, so that prefill
-// and decoding share one copy. Every thread computes its own rows, and a row's sum does not depend on who computes it.
+// Y = X Wᵀ + b for a few rows x of X, float32 throughout. W [rows, columns] stays as PyTorch's CPU kernels hold it, so that
+// prefill and decoding share one copy. Every thread computes its own rows of W. A sum is added up in the same order
+// whoever computes it and however many x there are, so that verifying a draft gives the numbers of plain decoding.
 #pragma once
 #include "vectors.h"
 
@@ -21,7 +22,21 @@ typedef struct {
     const Part *part;  // stacked along the rows
 } Matrix;
 
-enum { SHORTEST_GROUP = 32, LANES = 16 };
+typedef struct {
+    const float *x;  // row i at x + i · stride
+    size_t stride;
+    int count;
+} Rows;
+
+enum { SHORTEST_GROUP = 32, LANES = 16, MOST_AT_ONCE = 6 };
+
+// With a function's last arguments known, loops over them unroll, and their arrays are registers.
+#define FOLDED static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
 
 // The four-bit code in each lane, as a float: of the low nibble, or of the high one. Higher bits of a lane are zero.
 static inline f32x16 low_nibbles(i32x16 v) {
@@ -41,56 +56,114 @@ static inline f32x16 high_nibbles(i32x16 v) {
 #endif
 }
 
-// One tile of 32·HALF rows: byte i of a column holds row i (low nibble) and row i + 16·HALF (high).
+// One tile of 32·half rows of W: byte i of a column holds row i (low nibble) and row i + 16·half (high).
 // w = (q - 8)·s + z, so a group adds s·(Σ q·x - 8·Σ x) + z·Σ x: one product a weight.
-#define INT4_TILE(NAME, HALF)                                                                                       \
-    static inline void NAME(const Part *part, int tile, const float *x, const float *sums, float *y) {               \
-        const uint8_t *codes = (const uint8_t *)part->weight +                                                       \
-                               (size_t)tile * part->copies * part->columns * 16 * HALF;                              \
-        const uint16_t *pairs = part->scale + (size_t)tile * 64 * HALF;                                              \
-        f32x16 total[2 * HALF] = {0};                                                                                \
-        for (int copy = 0; copy < part->copies; copy++)                                                              \
-            for (int start = 0; start < part->columns; start += part->group) {                                       \
-                f32x16 dot[2 * HALF] = {0};                                                                          \
-                for (int column = start; column < start + part->group; column++, codes += 16 * HALF)                 \
-                    for (int i = 0; i < HALF; i++) {                                                                 \
-                        i32x16 v = load_uint8(codes + 16 * i);                                                       \
-                        dot[i] += low_nibbles(v) * x[column];                                                        \
-                        dot[i + HALF] += high_nibbles(v) * x[column];                                                \
-                    }                                                                                                \
-                const float whole = sums[start / part->group];                                                       \
-                for (int i = 0; i < 2 * HALF; i++) {                                                                 \
-                    u32x16 pair = *(const u32x16 *)(pairs + 32 * i);                                                 \
-                    f32x16 scale = (f32x16)(pair << 16), zero = (f32x16)(pair & 0xffff0000u);                        \
-                    total[i] += scale * (dot[i] - 8 * whole) + zero * whole;                                         \
-                }                                                                                                    \
-                pairs += 2 * (size_t)part->padded;                                                                   \
-            }                                                                                                        \
-        for (int i = 0; i < 2 * HALF; i++) store(y + 16 * i, total[i]);                                              \
-    }
-INT4_TILE(int4_tile_of_32, 1)
-INT4_TILE(int4_tile_of_64, 2)
+FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, const float *sums, float *y, size_t stride, const int half,
+                      const int count) {
+    const uint8_t *codes = (const uint8_t *)part->weight + (size_t)tile * part->copies * part->columns * 16 * half;
+    const uint16_t *pairs = part->scale + (size_t)tile * 64 * half;
+    const size_t groups = part->columns / SHORTEST_GROUP;
+    float total[MOST_AT_ONCE][4][LANES] = {0};  // kept in memory: the registers are for the dot products
+    for (int copy = 0; copy < part->copies; copy++)
+        for (int start = 0; start < part->columns; start += part->group) {
+            f32x16 dot[MOST_AT_ONCE][4] = {0};
+            const float *x = rows->x + start;
+            for (int column = 0; column < part->group; column++, codes += 16 * half, x++)
+                UNROLLED for (int i = 0; i < half; i++) {
+                    i32x16 v = load_uint8(codes + 16 * i);
+                    f32x16 low = low_nibbles(v), high = high_nibbles(v);
+                    UNROLLED for (int row = 0; row < count; row++) {
+                        dot[row][i] += low * x[row * rows->stride];
+                        dot[row][i + half] += high * x[row * rows->stride];
+                    }
+                }
+            UNROLLED for (int i = 0; i < 2 * half; i++) {
+                u32x16 pair = *(const u32x16 *)(pairs + 32 * i);
+                f32x16 scale = (f32x16)(pair << 16), zero = (f32x16)(pair & 0xffff0000u);
+                UNROLLED for (int row = 0; row < count; row++) {
+                    const float whole = sums[row * groups + start / part->group];
+                    store(total[row][i], load(total[row][i]) + scale * (dot[row][i] - 8 * whole) + zero * whole);
+                }
+            }
+            __asm__ volatile("" ::: "memory");
+            pairs += 2 * (size_t)part->padded;
+        }
+    UNROLLED for (int row = 0; row < count; row++)
+        UNROLLED for (int i = 0; i < 2 * half; i++) store(y + row * stride + 16 * i, load(total[row][i]));
+}
 
-// `count` rows (at most 4) from `row` on, whose elements `LOAD` reads sixteen at a time and `ONE` singly.
-#define DENSE_ROWS(NAME, TYPE, LOAD, ONE)                                                                           \
-    static inline void NAME(const Part *part, int row, int count, const float *x, float *y) {                        \
-        const TYPE *weight = (const TYPE *)part->weight + (size_t)row * part->columns;                               \
-        const int columns = part->columns, whole = columns & ~15;                                                    \
-        f32x16 dot[4] = {0};                                                                                         \
-        if (count == 4)                                                                                              \
-            for (int at = 0; at < whole; at += LANES)                                                                \
-                for (int i = 0; i < 4; i++) dot[i] += LOAD(weight + (size_t)i * columns + at) * load(x + at);        \
-        else                                                                                                         \
-            for (int i = 0; i < count; i++)                                                                          \
-                for (int at = 0; at < whole; at += LANES) dot[i] += LOAD(weight + (size_t)i * columns + at) * load(x + at); \
-        for (int i = 0; i < count; i++) {                                                                            \
-            y[i] = sum(dot[i]);                                                                                      \
-            for (int at = whole; at < columns; at++) y[i] += ONE(weight[(size_t)i * columns + at]) * x[at];          \
-        }                                                                                                            \
+FOLDED f32x16 load_weight(const Part *part, size_t at, const int kind) {
+    if (kind == FLOAT32) return load((const float *)part->weight + at);
+    return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)part->weight + at) : load_int8((const int8_t *)part->weight + at);
+}
+
+FOLDED float one_weight(const Part *part, size_t at, const int kind) {
+    if (kind == FLOAT32) return ((const float *)part->weight)[at];
+    return kind == BFLOAT16 ? bfloat16(((const uint16_t *)part->weight)[at]) : ((const int8_t *)part->weight)[at];
+}
+
+// `height` rows of W from `first` on, stored one after another.
+FOLDED void plain_rows(const Part *part, int first, const Rows *rows, float *y, size_t stride, const int kind, const int height,
+                       const int count) {
+    const int columns = part->columns, whole = columns & ~15;
+    const size_t base = (size_t)first * columns;
+    f32x16 dot[4][MOST_AT_ONCE] = {0};
+    for (int at = 0; at < whole; at += LANES)
+        UNROLLED for (int i = 0; i < height; i++) {
+            f32x16 weight = load_weight(part, base + (size_t)i * columns + at, kind);
+            UNROLLED for (int row = 0; row < count; row++) dot[i][row] += weight * load(rows->x + row * rows->stride + at);
+        }
+    UNROLLED for (int i = 0; i < height; i++)
+        UNROLLED for (int row = 0; row < count; row++) {
+            const float *x = rows->x + row * rows->stride;
+            float total = sum(dot[i][row]);
+            for (int at = whole; at < columns; at++) total += one_weight(part, base + (size_t)i * columns + at, kind) * x[at];
+            y[row * stride + i] = kind == INT8 ? total * bfloat16(part->scale[first + i]) : total;
+        }
+}
+
+// Four rows at once, or one by one at the end.
+FOLDED void up_to_four_rows(const Part *part, int first, int height, const Rows *rows, float *y, size_t stride, const int kind,
+                            const int count) {
+    if (height == 4)
+        plain_rows(part, first, rows, y, stride, kind, 4, count);
+    else
+        for (int i = 0; i < height; i++) plain_rows(part, first + i, rows, y + i, stride, kind, 1, count);
+}
+
+// One unit of a part: a tile, or four rows; of at most MOST_AT_ONCE rows x.
+#define FOR_COUNT(CALL) \
+    switch (rows->count) { \
+        case 1: CALL(1); break; \
+        case 2: CALL(2); break; \
+        case 3: CALL(3); break; \
+        case 4: CALL(4); break; \
+        case 5: CALL(5); break; \
+        default: CALL(6); \
     }
-DENSE_ROWS(rows_of_float32, float, load, )
-DENSE_ROWS(rows_of_bfloat16, uint16_t, load_bfloat16, bfloat16)
-DENSE_ROWS(rows_of_int8, int8_t, load_int8, )
+static void tile_of_64(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
+#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 2, COUNT)
+    FOR_COUNT(CALL)
+#undef CALL
+}
+static void tile_of_32(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
+#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 1, COUNT)
+    FOR_COUNT(CALL)
+#undef CALL
+}
+#define PLAIN_ROWS(NAME, KIND) \
+    static void NAME(const Part *part, int first, int height, const Rows *rows, float *y, size_t stride) { \
+        FOR_COUNT(CALL) \
+    }
+#define CALL(COUNT) up_to_four_rows(part, first, height, rows, y, stride, FLOAT32, COUNT)
+PLAIN_ROWS(rows_of_float32, FLOAT32)
+#undef CALL
+#define CALL(COUNT) up_to_four_rows(part, first, height, rows, y, stride, BFLOAT16, COUNT)
+PLAIN_ROWS(rows_of_bfloat16, BFLOAT16)
+#undef CALL
+#define CALL(COUNT) up_to_four_rows(part, first, height, rows, y, stride, INT8, COUNT)
+PLAIN_ROWS(rows_of_int8, INT8)
+#undef CALL
 
 // This thread's part of `units` equal ones: [first, last).
 static inline void share(int units, int thread, int threads, int *first, int *last) {
@@ -98,45 +171,77 @@ static inline void share(int units, int thread, int threads, int *first, int *la
     *last = (int)((int64_t)units * (thread + 1) / threads);
 }
 
-static void part_product(const Part *part, const float *x, const float *sums, int thread, int threads, float *y) {
-    int height = part->kind == INT4 ? part->tile : 4, first, last;
+static void part_product(const Part *part, const Rows *rows, const float *sums, int thread, int threads, float *y, size_t stride) {
+    const int height = part->kind == INT4 ? part->tile : 4;
+    int first, last;
     share((part->rows + height - 1) / height, thread, threads, &first, &last);
     for (int unit = first; unit < last; unit++) {
-        int row = unit * height, count = part->rows - row < height ? part->rows - row : height;
-        float partial[64], *out = count == height ? y + row : partial;
-        if (part->kind == INT4) {
-            if (part->tile == 64)
-                int4_tile_of_64(part, unit, x, sums, out);
-            else
-                int4_tile_of_32(part, unit, x, sums, out);
-        } else if (part->kind == FLOAT32) {
-            rows_of_float32(part, row, count, x, out);
-        } else if (part->kind == BFLOAT16) {
-            rows_of_bfloat16(part, row, count, x, out);
-        } else {
-            rows_of_int8(part, row, count, x, out);
-            for (int i = 0; i < count; i++) out[i] *= bfloat16(part->scale[row + i]);
+        const int start = unit * height, present = part->rows - start < height ? part->rows - start : height;
+        float partial[64 * MOST_AT_ONCE], *out = y + start;
+        size_t step = stride;
+        if (part->kind == INT4 && present < height) out = partial, step = 64;  // the last tile is padded
+        if (part->kind == FLOAT32)
+            rows_of_float32(part, start, present, rows, out, step);
+        else if (part->kind == BFLOAT16)
+            rows_of_bfloat16(part, start, present, rows, out, step);
+        else if (part->kind == INT8)
+            rows_of_int8(part, start, present, rows, out, step);
+        else if (part->tile == 64)
+            tile_of_64(part, unit, rows, sums, out, step);
+        else
+            tile_of_32(part, unit, rows, sums, out, step);
+        for (int row = 0; row < rows->count; row++) {
+            float *into = y + row * stride + start;
+            if (out == partial) memcpy(into, partial + row * step, sizeof(float) * present);
+            if (part->bias)
+                for (int i = 0; i < present; i++) into[i] += part->bias[start + i];
         }
-        if (out == partial) memcpy(y + row, partial, sizeof(float) * count);
-        if (part->bias)
-            for (int i = 0; i < count; i++) y[row + i] += part->bias[row + i];
     }
 }
 
-// This thread's rows of x Wᵀ + b into y [rows]; `sums` has room for the sums of x over the shortest groups.
-static void product(const Matrix *matrix, const float *x, float *sums, int thread, int threads, float *y) {
+// This thread's columns of X Wᵀ + b into y (row i at y + i · stride). `sums` [count, columns / SHORTEST_GROUP] is room for
+// the sums of x over the columns of each group.
+static void product(const Matrix *matrix, const Rows *all, float *sums, int thread, int threads, float *y, size_t stride) {
+    const int blocks = (all->count + MOST_AT_ONCE - 1) / MOST_AT_ONCE;
     int group = 0;  // of the sums
     for (int i = 0; i < matrix->parts; i++) {
         const Part *part = matrix->part + i;
+        const size_t groups = part->columns / SHORTEST_GROUP;
         if (part->kind == INT4 && part->group != group) {
             group = part->group;
-            for (int start = 0; start < part->columns; start += group) {
-                f32x16 total = load(x + start);
-                for (int at = LANES; at < group; at += LANES) total += load(x + start + at);
-                sums[start / group] = sum(total);
-            }
+            for (int row = 0; row < all->count; row++)
+                for (int start = 0; start < part->columns; start += group) {
+                    const float *x = all->x + row * all->stride + start;
+                    f32x16 total = load(x);
+                    for (int at = LANES; at < group; at += LANES) total += load(x + at);
+                    sums[row * groups + start / group] = sum(total);
+                }
         }
-        part_product(part, x, sums, thread, threads, y);
+        for (int block = 0; block < blocks; block++) {
+            int from, to;
+            share(all->count, block, blocks, &from, &to);
+            Rows rows = {all->x + from * all->stride, all->stride, to - from};
+            part_product(part, &rows, sums + from * groups, thread, threads, y + from * stride, stride);
+        }
         y += part->rows;
+    }
+}
+
+// Row `index` of W -> out [columns].
+static void decode_row(const Part *part, int index, float *out) {
+    const size_t columns = part->columns;
+    if (part->kind != INT4) {
+        const float scale = part->kind == INT8 ? bfloat16(part->scale[index]) : 1;
+        for (size_t at = 0; at < columns; at++) out[at] = scale * one_weight(part, index * columns + at, part->kind);
+        return;
+    }
+    const int tile = index / part->tile, within = index % part->tile, bytes = part->tile / 2;
+    const uint8_t *codes = (const uint8_t *)part->weight + (size_t)tile * part->copies * columns * bytes + within % bytes;
+    const int shift = within < bytes ? 0 : 4;
+    memset(out, 0, sizeof(float) * columns);
+    for (size_t at = 0; at < part->copies * columns; at++) {
+        const uint16_t *pair = part->scale + 2 * (at / part->group * part->padded + index);
+        const int code = codes[at * bytes] >> shift & 15;
+        out[at % columns] += (code - 8) * bfloat16(pair[0]) + bfloat16(pair[1]);
     }
 }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 QK_NORMS = {"none": 0, "head": 1, "all": 2}
 KINDS_OF_LAYER = 2  # stores and rotations of a step
-WIDEST_HEAD, MOST_GROUP, LANES, SHORTEST_GROUP = 256, 64, 16, 32
+MOST_ROWS, MOST_QUERIES, WIDEST_HEAD, LANES = 32, 256, 256, 16
 
 
 class Part(Structure):
@@ -44,29 +44,34 @@ class Model(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocab", "activation", "qk_norm", "rotary")),
         ("heads", Heads),
-        *((name, c_float) for name in ("eps", "scale", "clip_qkv", "residual_scale")),
+        *((name, c_float) for name in ("eps", "scale", "clip_qkv", "residual_scale", "embedding_scale")),
+        ("embed", Matrix),
         ("layer", POINTER(Layer)),
         ("norm", c_void_p),
         ("head", Matrix),
     ]
 
 
-class Store(Structure):
+class Visible(Structure):
     _fields_ = [
-        ("pool", c_void_p),
-        *((name, c_int64) for name in ("layer", "value", "head")),
-        *((name, c_int32) for name in ("slot", "sinks", "first")),
+        *((name, c_int32) for name in ("start", "count", "sinks")),
+        ("first", c_int32 * MOST_ROWS),
+        ("sees", c_uint32 * MOST_ROWS),
     ]
+
+
+class Store(Structure):
+    _fields_ = [("pool", c_void_p), *((name, c_int64) for name in ("layer", "value", "head")), ("visible", Visible)]
 
 
 class Step(Structure):
     _fields_ = [
         ("model", POINTER(Model)),
-        ("embedded", c_void_p),
+        ("rows", c_int32),
+        ("token", c_int32 * MOST_ROWS),
         ("turns", c_void_p * KINDS_OF_LAYER),
         ("store", Store * KINDS_OF_LAYER),
-        ("shared", c_void_p),
-        ("logits", c_void_p),
-        ("best", c_int32),
+        *((name, c_void_p) for name in ("shared", "logits", "hidden")),
+        ("best", c_int32 * MOST_ROWS),
         ("finite", c_int32),
     ]

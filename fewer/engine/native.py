@@ -1,10 +1,11 @@
-"""The fast path of decoding on a CPU with a C compiler: one new token of one sequence in one call.
+"""The fast path of decoding on a CPU with a C compiler: a few new tokens of one sequence in one call.
 
 `fewer/kernels/native/decode.c` runs the whole step. Its products read the matrices as PyTorch's kernels hold them, so
 prefill and decoding share one copy, and compute in float32; keys and values go into the cache's own pool. This file
 describes the model to it. The numbers are those of the general path up to rounding (closer to the exact ones, where
-that computes in bfloat16); `supports` says for which models. Where there is no compiler, `fewer.engine.single_token`
-serves.
+that computes in bfloat16), and a token's numbers do not depend on those that run beside it: over a cache that keeps
+everything, verifying a chain gives the very bits of plain decoding. `supports` says for which models; where there is no
+compiler, `fewer.engine.single_token` serves.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from fewer.kernels.native import Unavailable, library
 from fewer.kernels.native import structures as c
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
+from fewer.model.step import Output, Step
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import KVCache, PlacedCache
+from fewer.slots import KVCache, Place, PlacedCache
 
 KINDS = {torch.float32: c.FLOAT32, torch.bfloat16: c.BFLOAT16}
 
@@ -38,9 +40,8 @@ def supports(model: Transformer) -> bool:
         and config.experts is None
         and config.head_dim % c.LANES == 0
         and config.head_dim <= c.WIDEST_HEAD
-        and config.heads // config.kv_heads <= c.MOST_GROUP
-        and all(_is_known(stored) for _, stored in model.matrices() if stored is not model.embed)
-        and _is_known(model.head)
+        and config.heads // config.kv_heads <= c.MOST_QUERIES
+        and all(_is_known(stored) for _, stored in model.matrices())
     )
 
 
@@ -53,8 +54,8 @@ def _is_known(stored: WeightFormat) -> bool:
     return packed.kind == packed_product.INT8 or nibbles.tile_height() in (32, 64)
 
 
-class NativeToken:
-    """Runs one token through `model`, storing its keys and values in a contiguous cache of batch 1."""
+class NativeDecoder:
+    """Runs up to `most` tokens of one sequence through `model`, storing their keys and values in the cache."""
 
     def __init__(self, model: Transformer):
         code = library()
@@ -64,52 +65,105 @@ class NativeToken:
         self.homes: Sequence[tuple[int, int]] = ()  # of the layers, in the cache that ran last
         self.held: list[Any] = []  # what the structures point at
         self.step = c.Step(model=ctypes.pointer(self._describe()))
-        code.fewer_shared_size.restype = ctypes.c_size_t
-        self.shared = torch.empty(code.fewer_shared_size(self.step.model))
+        self.shared_size = code.fewer_shared_size
+        self.shared_size.restype = ctypes.c_size_t
+        self.shared, self.room_for = torch.empty(0), (0, 0)
+        self.most = min(c.MOST_ROWS, c.MOST_QUERIES // (self.config.heads // self.config.kv_heads))
         self.logits = torch.empty(1, self.config.vocab_size)
-        self.step.shared, self.step.logits = self.shared.data_ptr(), self.logits.data_ptr()
 
-    def accepts(self, cache: KVCache) -> bool:
-        """Whether this cache's next token can be placed."""
-        return getattr(cache, "can_place", False) and len(cast(PlacedCache, cache).pools) <= c.KINDS_OF_LAYER
+    def accepts(self, cache: KVCache, tokens: int = 1) -> bool:
+        """Whether this cache's next tokens can be placed."""
+        placed = cast(PlacedCache, cache)
+        return hasattr(cache, "can_place") and placed.can_place(tokens) and len(placed.pools) <= c.KINDS_OF_LAYER
 
     def room(self, cache: KVCache) -> int | None:
         """How many tokens that holds for; None: any number."""
         return None
 
+    def takes(self, step: Step) -> bool:
+        """Whether the step is a few tokens of one sequence of which logits are wanted, and nothing unusual."""
+        return (
+            step.tokens is not None
+            and step.tokens.shape[0] == 1
+            and step.tokens.shape[1] <= self.most
+            and step.lengths is None
+            and step.mask in ("causal", "tree")
+            and step.logits != "none"
+            and step.layer_plan is None
+            and not step.taps
+        )
+
     def run(self, token: int, position: int, cache: PlacedCache) -> Tensor:
         """-> logits [1, V] float32; the token is committed to the cache."""
-        self._run(token, position, cache)
-        logits = self.logits.clone() if self.config.logit_scale == 1.0 else self.logits * self.config.logit_scale
+        self._run_one(token, position, cache)
+        return self._finish(self.logits.clone())
+
+    def most_likely(self, token: int, position: int, cache: PlacedCache) -> int | None:
+        """-> the index of the largest logit, or None where logits are not finite; the token is committed."""
+        self._run_one(token, position, cache)
+        return self.step.best[0] if self.step.finite else None
+
+    def run_step(self, step: Step, cache: PlacedCache) -> Output:
+        """A step that `takes` allows; its tokens stay tentative. Logits and the final norm's output, as it asks."""
+        tokens, positions = cast(Tensor, step.tokens)[0], step.positions[0]
+        rows = len(tokens)
+        seen = _causal(rows) if step.mask == "causal" else _bits(cast(Tensor, step.ancestors)[0])
+        logits, hidden = torch.empty(rows, self.config.vocab_size), torch.empty(rows, self.config.hidden_size)
+        self.step.hidden = hidden.data_ptr()
+        self._run(tokens.tolist(), positions.tolist(), cache.place(step), seen, cache, logits)
+        self.step.hidden = None
+        if step.logits == "last":
+            logits, hidden = logits[-1:], hidden[-1:]
+            return Output(self._finish(logits), hidden.to(self.model.dtype))
+        return Output(self._finish(logits)[None], hidden.to(self.model.dtype)[None])
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
 
-    def most_likely(self, token: int, position: int, cache: PlacedCache) -> int | None:
-        """-> the index of the largest logit, or None where logits are not finite; the token is committed."""
-        self._run(token, position, cache)
-        return self.step.best if self.step.finite else None
+    def _run_one(self, token: int, position: int, cache: PlacedCache) -> None:
+        self._run((token,), (position,), cache.place_one(position), (1,), cache, self.logits)
 
-    def _run(self, token: int, position: int, cache: PlacedCache) -> None:
-        embedded = self.model.embed.rows(torch.tensor([token]))
-        if self.config.embedding_scale is not None:
-            embedded = embedded * self.config.embedding_scale
-        step = self.step
-        step.embedded = embedded.data_ptr()
+    def _run(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        places: Sequence[Place],
+        sees: Sequence[int],
+        cache: PlacedCache,
+        logits: Tensor,
+    ) -> None:
+        """Tokens that the cache has placed. `sees[i]`: bit j says that token i sees token j."""
+        step, rows = self.step, len(tokens)
+        step.rows, step.token[:rows], step.logits = rows, tokens, logits.data_ptr()
+        self._reserve(rows, max(place.slot + rows for place in places))
+        turns = []  # kept until the call is over
         for index, rotary in enumerate(self.rotaries):
-            table = rotary.table(position + 1, embedded.device)
-            step.turns[index] = table.data_ptr() + position * table.stride(0) * table.element_size()
+            table = rotary.table(max(positions) + 1, self.logits.device)
+            turns.append(table[list(positions)] if rows > 1 else table[positions[0]])
+            step.turns[index] = turns[-1].data_ptr()
         if cache.homes is not self.homes:
             self.homes = cache.homes
             for layer, home in zip(self.layers, self.homes, strict=True):
                 layer.kind, layer.index = home
-        places = cache.place_one(position)  # may grow or move what a pool holds
         for store, pool, place in zip(step.store, cache.pools, places, strict=False):
-            size = pool.element_size()
+            size, visible = pool.element_size(), store.visible
             store.pool = pool.data_ptr()
             store.layer, store.value, store.head = (pool.stride(axis) * size for axis in (0, 1, 3))
-            store.slot, store.first, store.sinks = place
-        self.decode(ctypes.byref(step), torch.get_num_threads())
+            visible.start, visible.count, visible.sinks = place.slot, rows, place.sinks
+            for row, (first, bits) in enumerate(zip(place.first, sees, strict=True)):
+                visible.first[row], visible.sees[row] = first, bits
+        outcome = self.decode(ctypes.byref(step), torch.get_num_threads())
+        assert outcome == 0, f"the native step refused {rows} rows"
+
+    def _reserve(self, rows: int, keys: int) -> None:
+        if rows > self.room_for[0] or keys > self.room_for[1]:
+            self.room_for = max(rows, self.room_for[0]), max(keys + 1024, self.room_for[1])
+            self.shared = torch.empty(self.shared_size(self.step.model, *self.room_for))
+            self.step.shared = self.shared.data_ptr()
 
     def _describe(self) -> c.Model:
         model, config = self.model, self.config
@@ -134,6 +188,8 @@ class NativeToken:
             scale=config.scale,
             clip_qkv=config.clip_qkv or 0.0,
             residual_scale=config.residual_scale,
+            embedding_scale=1.0 if config.embedding_scale is None else config.embedding_scale,
+            embed=self._matrix([model.embed], None),
             layer=self.layers,
             norm=self._vector(model.norm),
             head=self._matrix([model.head], None),
@@ -189,3 +245,13 @@ class NativeToken:
         part.copies = 2 if packed.kind == packed_product.INT8_HALVES else 1
         part.padded = packed.scale.shape[1]
         return part
+
+
+def _causal(rows: int) -> list[int]:
+    """Each token sees itself and those before it."""
+    return [(2 << row) - 1 for row in range(rows)]
+
+
+def _bits(ancestors: Tensor) -> list[int]:
+    """[rows, rows] bool -> each row as the bits of a number."""
+    return [sum(1 << at for at, seen in enumerate(row) if seen) for row in ancestors.tolist()]
