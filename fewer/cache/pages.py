@@ -200,6 +200,7 @@ class Claim:
         self.copies: list[tuple[int, int, int]] = []  # from this page, to that one, this many slots
         self.rewritten: set[int] = set()  # pages that their only owner writes again
         self.published: dict[Key, int] = {}
+        self.unwritten: dict[int, int] = {}  # published page -> the first slot of it that this step has yet to write
         # Beyond the free pages, the numbers that a growing pool would give.
         self._numbers: Iterator[int] = chain(reversed(pool.free), count(pool.pages))
 
@@ -212,7 +213,7 @@ class Claim:
         if start == stop:
             return start
         pages = list(pool.rows[row])
-        shared = first if text is None else self._match(pages, first, stop, text)
+        shared = first if text is None else self._match(pages, start, stop, text)
         for index in range(shared, last):
             if index == len(pages):
                 pages.append(self._take())
@@ -225,18 +226,25 @@ class Claim:
         self.rows[row] = pages, stop
         if text is not None:
             for index in range(shared, stop // size):
-                self.published[self._key(pages, index, text)] = pages[index]
+                self.published.setdefault(self._key(pages, index, text), pages[index])
+                self.unwritten[pages[index]] = max(start, index * size)
         return max(start, shared * size)
 
-    def _match(self, pages: list[int], first: int, stop: int, text: Sequence[int]) -> int:
-        """Put published pages of the same text into `pages` from `first` on; returns the first index without one."""
-        for index in range(first, stop // self.pool.page_size):
+    def _match(self, pages: list[int], start: int, stop: int, text: Sequence[int]) -> int:
+        """Put published pages of the same text into `pages`, from slot `start` on; returns the first index without one.
+
+        What the row holds already must be safe in the page even if this step fails: a page that another row writes in
+        this step only serves where that row begins at `start` or behind it.
+        """
+        for index in range(start // self.pool.page_size, stop // self.pool.page_size):
             key = self._key(pages, index, text)
             page = self.published.get(key)
             if page is None:
                 page = self.pool.published.get(key)
                 if page is None or page in self.rewritten:
                     return index
+            elif self.unwritten[page] < start:
+                return index
             self._add_owner(page, 1)
             if index < len(pages):  # the row's own page held the first tokens of it
                 self._add_owner(pages[index], -1)

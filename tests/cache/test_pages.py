@@ -210,6 +210,19 @@ def test_a_row_that_goes_back_and_comes_again_with_the_same_tokens_writes_nothin
     assert pool.owned == 2 and pool.owners.count(1) == 2
 
 
+def test_a_row_does_not_give_up_its_own_tokens_for_a_page_that_the_step_has_yet_to_write() -> None:
+    pool = pool_of(9)
+    pool.prepare([0] * 4, [0, 3, 0, 0])
+    own = list(pool.rows[1])
+    prompt = [1, 2, 3, 4]
+    assert pool.prepare([0, 3, 0, 0], [4, 4, 0, 0], [prompt, prompt, None, None]) == [0, 3, 0, 0]
+    pool.abandon([0, 3, 0, 0])  # row 0's page was never written
+    assert pool.rows[1] == own and pool.owned == 1
+    assert pool.prepare([0, 3, 0, 0], [3, 3, 0, 0], [prompt[:3], None, None, None]) == [0, 3, 0, 0]
+    both = pool.prepare([3, 3, 0, 0], [4, 4, 0, 0], [prompt, prompt, None, None])
+    assert both == [3, 4, 0, 0] and pool.rows[0] == pool.rows[1]  # both hold the same three tokens already
+
+
 def test_exhaustion_says_how_many_pages_and_takes_none() -> None:
     pool = pool_of(4)
     assert pool.admits(16) and not pool.admits(17)
