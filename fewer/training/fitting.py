@@ -110,10 +110,10 @@ def fitted_method(name: str) -> Method:
     found = next((entry for entry in known if entry.name == name), None)
     if found is not None:
         return found
-    allowed = f"choose one of {', '.join(entry.name for entry in known)}" if known else "no method here does"
+    allowed = f"choose one of {', '.join(entry.name for entry in known)}" if known else "no method here needs it yet"
     if any(entry.name == name for entry in methods()):
         raise UsageError(f"the method '{name}' learns nothing, so there is nothing to fit: {allowed}")
-    raise UsageError(f"unknown method '{name}', which should learn something: {allowed}")
+    raise UsageError(f"unknown method '{name}' to fit: {allowed}")
 
 
 def fit(
