@@ -1,4 +1,4 @@
-"""A method that learns something, small enough for tests: a gain on hidden channels, by whose mean its cache scales.
+"""A method that learns something, small enough for tests: a gain on hidden channels, whose mean widens a window.
 
 Registered by `register`, in a registry that the test puts back.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewer import slots
-from fewer.cache import FullCache
+from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
@@ -27,6 +27,7 @@ from fewer.training import (
 )
 
 NAME = "toy-gain"
+WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def fit_gain(model: FittedModel, data: TrainingText, config: ToyFitConfig, run: 
     return run.adapter({"gain": gain}, {"loss_before": history[0].loss, "loss_after": history[-1].loss})
 
 
-class ToyCache(FullCache):
-    contiguous = False  # no fast path, which would not ask the layers
+class ToyCache(StoredCache):
+    """A window of `WINDOW` tokens times the mean gain."""
 
     def __init__(
         self,
@@ -76,9 +77,8 @@ class ToyCache(FullCache):
         *,
         adapter: Adapter,
     ):
-        super().__init__(config, batch, capacity, dtype, device)
-        for layer in self.layers:  # queries and keys are compared more or less sharply
-            layer.scale *= float(adapter.tensors["gain"].mean())
+        window = max(1, round(WINDOW * float(adapter.tensors["gain"].mean())))
+        super().__init__(config, batch, capacity, dtype, device, [window] * config.layers, [0] * config.layers)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> slots.Method:
