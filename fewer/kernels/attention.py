@@ -52,10 +52,23 @@ def attend(
     if mask is not None:
         visible = mask.expand(batch, -1, queries, keys)[:, :, None]
         scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(-1)  # [B, Hk, G, T]; -inf where nothing is visible
-    weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
-    out = torch.einsum("bkgts,bksd->bkgtd", weights, v.float())
+    weights, total, lse = exponentials(scores)  # [B, Hk, G, T, S], twice [B, Hk, G, T]
+    out = torch.einsum("bkgts,bksd->bkgtd", weights, v.float()) / total[..., None]
     return out.reshape(batch, heads, queries, head_dim).to(q.dtype), lse.reshape(batch, heads, queries)
+
+
+def exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [.., S] -> exp(scores - max) [.., S], their sum [..] (1 where nothing is visible) and the log-sum-exp [..]
+    (-inf there). Overwrites the scores: few passes over memory are what this is for."""
+    if not scores.shape[-1]:
+        nothing = scores.new_zeros(scores.shape[:-1])
+        return scores, nothing + 1.0, nothing - float("inf")
+    top = scores.detach().amax(-1, keepdim=True)  # the same for the results, so also for their gradients
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1)
+    lse = total.log() + top[..., 0]
+    return weights, total.masked_fill(total == 0, 1.0), lse
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

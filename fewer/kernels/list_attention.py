@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewer.kernels.attention import exponentials
+
 Unit = Literal["page", "token"]
 INFINITY = float("inf")
 
@@ -73,10 +75,10 @@ def attend_list(
             logits = torch.tanh(logits / softcap) * softcap
         if seen is not None:
             logits = logits.masked_fill(~seen[:, None], -INFINITY)
-        lses[at] = total = logits.logsumexp(-1)
-        outs[at] = probabilities(logits, total) @ v.float()
         if scores is not None:
             scores.view(*shape, width)[at[0], at[1], :, : logits.shape[2]] = logits
+        weights, total, lses[at] = exponentials(logits)
+        outs[at] = weights @ v.float() / total[..., None]
     return ListAttention(out, lse, scores)
 
 
@@ -95,11 +97,11 @@ Gathered = Iterator[tuple[Indices, Tensor, Tensor, Tensor | None]]  # pairs, k a
 def stretch(storage: Tensor, pages: Tensor, length: int) -> Tensor:
     """The first `length` tokens in pages [P] of storage [pages, Hk, page_size, D] -> [Hk, length, D]; of one page, a
     view."""
-    _, kv_heads, page_size, head_dim = storage.shape
+    kv_heads, page_size = storage.shape[1:3]
     if length <= page_size:
         return storage[int(pages[0]), :, :length]
-    together = storage[pages[: -(-length // page_size)]].transpose(0, 1)
-    return together.reshape(kv_heads, -1, head_dim)[:, :length]
+    reached = pages[: -(-length // page_size)]
+    return storage[reached, torch.arange(kv_heads)[:, None]].flatten(1, 2)[:, :length]
 
 
 def _everything(keys: Tensor, values: Tensor, table: Tensor, lengths: list[int]) -> Gathered:

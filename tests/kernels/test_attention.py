@@ -80,6 +80,26 @@ def test_a_query_that_sees_nothing_gives_zeros_and_minus_infinity() -> None:
     torch.testing.assert_close(fast, out, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_of_no_keys_is_empty() -> None:
+    q, k, v = problem(0, 1, 2, 2, 3, 5)
+    empty = attend(q, k[:, :, :0], v[:, :, :0], 0.3)
+    assert torch.equal(empty[0], torch.zeros_like(q)) and (empty[1] == -math.inf).all()
+    whole = attend(q, k, v, 0.3)
+    for found, wanted in zip(merge([empty, whole]), whole, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_gradients_pass_through_the_reference() -> None:
+    q, k, v = (x.double().requires_grad_() for x in problem(0, 1, 2, 2, 3, 5))
+
+    def gradients(out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out.double().square().sum() + lse.double().sum(), (q, k, v))
+
+    wanted = gradients(*reference(q, k, v, 0.3))
+    for one, other in zip(gradients(*attend(q, k, v, 0.3)), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @claim
 @given(st.lists(st.integers(1, 10), min_size=2, max_size=5), st.integers(0, 10**6))
 def test_parts_merge_to_the_whole_in_any_order_and_grouping(runs: list[int], seed: int) -> None:
