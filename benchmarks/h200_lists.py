@@ -154,15 +154,16 @@ def unequal_heads(bench: Bench, length: int) -> Results:
     return time_lists(bench, pool, table, repeats, counts, "page", bench.filled(1, value=length), tokens)
 
 
-def chosen(bench: Bench, rows: int, unit: Unit, count: int, list_heads: int, page_size: int, context: int) -> Results:
-    """`count` random pages or tokens of a context for each list head; other ones in every launch."""
-    rows, context = bench.rows(rows), bench.tokens(context)
-    choices = context // page_size if unit == "page" else context
+def chosen(bench: Bench, rows: int, unit: Unit, count: int, list_heads: int) -> Results:
+    """`count` random pages or tokens of a long context for each list head. Every launch has other ones, of so many that
+    hardly any lie in the cache from the launches before."""
+    rows, context = bench.rows(rows), bench.tokens(min(262144, 2097152 // rows))
+    choices = context // PAGE if unit == "page" else context
     count = min(count, choices)
-    pool, table = bench.pool(rows, context, page_size)
-    launches = 1 if bench.tiny else max(4, min(64, int(1e9 // (rows * KV_HEADS * context * TOKEN_BYTES // 16))))
+    pool, table = bench.pool(rows, context, PAGE)
+    launches = 1 if bench.tiny else 16
     lists: list[Tensor | None] = [bench.random_lists(rows, list_heads, choices, count) for _ in range(launches)]
-    tokens = rows * list_heads * count * (page_size if unit == "page" else 1)
+    tokens = rows * list_heads * count * (PAGE if unit == "page" else 1)
     counts = bench.filled(rows, list_heads, value=count)
     return time_lists(bench, pool, table, lists, counts, unit, bench.filled(rows, value=context), tokens)
 
@@ -255,13 +256,11 @@ def sections(bench: Bench) -> dict[str, Callable[[], Results]]:
         "256k x1, half of the heads 384": partial(unequal_heads, bench, long),
     }
     for rows in (1, 4, 32):
-        found[f"64 pages of 64 x{rows}"] = partial(chosen, bench, rows, "page", 64, KV_HEADS, PAGE, 65536)
-    found["64 pages of 64 x4 per query head"] = partial(chosen, bench, 4, "page", 64, HEADS, PAGE, 65536)
+        found[f"64 pages of 64 x{rows}"] = partial(chosen, bench, rows, "page", 64, KV_HEADS)
+    found["64 pages of 64 x4 per query head"] = partial(chosen, bench, 4, "page", 64, HEADS)
     for rows in (1, 8):
         for heads, name in ((HEADS, "query"), (KV_HEADS, "key")):
-            found[f"1024 tokens per {name} head x{rows}"] = partial(
-                chosen, bench, rows, "token", 1024, heads, PAGE, 65536
-            )
+            found[f"1024 tokens per {name} head x{rows}"] = partial(chosen, bench, rows, "token", 1024, heads)
     found["prefix 16k under 1024 rows"] = partial(prefix, bench, 1024, 16384)
     found["prefix 16k under 64 rows"] = partial(prefix, bench, 64, 16384)
     found["prefill 32k"] = partial(prefill, bench, 32768)

@@ -147,7 +147,7 @@ def list_attention(
             logits = tl.where(seen[:, None], logits, float("-inf"))
             if SCORES:
                 within = (start + lane < width)[:, None] & (head < GROUP)[None, :]
-                tl.store(score_rows + start + lane[:, None], logits, mask=within)
+                tl.store(score_rows + start + lane[:, None], logits / LOG2_E, mask=within)
             top, sums, result = fold_tall(logits, value, top, sums, result, ON_CPU, PRECISION)
             page, position = next_page, next_position
         total = tl.sum(sums, 0)

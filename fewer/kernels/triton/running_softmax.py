@@ -18,15 +18,17 @@ from fewer.kernels.triton.matmul import multiply_tiles
 def scores_of(
     q, key, scale, softcap, SOFTCAP: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """q [M, DIM], key [N, DIM] -> the logits that enter the softmax, [M, N] float32."""
+    """q [M, DIM], key [N, DIM] -> the logits that enter the softmax, in units of log2: [M, N] float32."""
     products = multiply_tiles(q, tl.trans(key), tl.zeros([q.shape[0], key.shape[0]], tl.float32), ON_CPU, PRECISION)
-    return cap(products * scale, softcap, SOFTCAP)
+    if SOFTCAP:
+        return cap(products * scale, softcap, SOFTCAP) * LOG2_E
+    else:
+        return products * (scale * LOG2_E)
 
 
 @triton.jit
 def fold(scores, value, top, total, out, ON_CPU: tl.constexpr, PRECISION: tl.constexpr):
-    """Take in a tile: scores [M, N] (natural, -inf where unseen), value [N, DIM]; top, total [M], out [M, DIM]."""
-    scores = scores * LOG2_E
+    """Take in a tile: scores [M, N] (-inf where unseen) and value [N, DIM]; top, total [M], out [M, DIM]."""
     higher = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen nothing yet
     weights = tl.exp2(scores - base[:, None])
@@ -40,7 +42,6 @@ def fold(scores, value, top, total, out, ON_CPU: tl.constexpr, PRECISION: tl.con
 def fold_tall(scores, value, top, sums, out, ON_CPU: tl.constexpr, PRECISION: tl.constexpr):
     """`fold` for few queries: scores [N, M], top [M], out [DIM, M]. Keys and values are the tall side of both products,
     so tensor cores read them from shared memory. sums [N, M] is to be summed over N after the last tile."""
-    scores = scores * LOG2_E
     higher = tl.maximum(top, tl.max(scores, 0))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores - base[None, :])

@@ -158,7 +158,7 @@ def sum_columns(
         base = tl.where(base == float("-inf"), 0.0, base)  # a query that saw nothing gives nothing
         scores = scores_of(key, q, scale, softcap, SOFTCAP, ON_CPU, PRECISION)  # [BLOCK_S, BLOCK_T]
         seen = seen_by((start + at + lane)[None, :], j[:, None], key_count, sinks, window, CAUSAL, LAMBDA)
-        shares = tl.exp2((scores - base[None, :]) * LOG2_E) * weight[None, :]
+        shares = tl.exp2(scores - base[None, :] * LOG2_E) * weight[None, :]
         total += tl.sum(tl.where(seen, shares, 0.0), 1)
     tl.store(sums + (row * HEADS + head).to(tl.int64) * key_count + j, total, mask=j < key_count)
 
