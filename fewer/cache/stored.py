@@ -162,11 +162,16 @@ class StoredCache:
         return sum(pool.nbytes for pool in self.pools)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a fast path may do without the layers: they attend to what they hold, and none was skipped."""
+        return not self.renumbers and not self.skips and all(type(layer) is StoredLayer for layer in self.layers)
+
+    @property
     def contiguous_room(self) -> int | None:
         """How many more tokens every row may take while each slot s holds position s and is visible: what the fast
         single-token paths need. None: any number."""
         slots = self.maps[0]
-        if len(self.maps) > 1 or self.renumbers or self.skips or slots.counts != self.committed:
+        if len(self.maps) > 1 or not self.is_plain or slots.counts != self.committed:
             return 0
         return None if slots.window is None else max(0, slots.window - max(slots.counts))
 
@@ -231,8 +236,11 @@ class StoredCache:
 
     def can_place(self, tokens: int) -> bool:
         """Whether a single row's slots are its sinks and an unbroken run, and the next `tokens` see one another."""
-        plain = self.batch == 1 and not self.renumbers and not self.skips
-        return plain and all(slots.window is None or tokens <= slots.window for slots in self.maps)
+        return (
+            self.batch == 1
+            and self.is_plain
+            and all(slots.window is None or tokens <= slots.window for slots in self.maps)
+        )
 
     def place_one(self, position: int) -> list[Place]:
         """Commit one token of the single row, which a fast path stores itself; a place for each kind of layer."""

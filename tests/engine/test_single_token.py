@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
+from fewer.cache.stored import StoredLayer
 from fewer.engine import native, single_token
 from fewer.engine.native import NativeDecoder
 from fewer.engine.runner import Runner
@@ -220,6 +222,28 @@ def test_attention_over_many_keys_equals_the_general_path(heads: tuple[int, int,
             session.rollback([0])
             session.prefill([random_tokens(length)])
         compare(*sessions, 3, 1e-5 if dtype == torch.float32 else 3e-2)
+    settings = SinkWindowConfig(70, 400)  # the sinks end within a chunk, and so does the gap behind them
+    sessions = [new_session(r.model, 1, SinkWindowCache, settings, context=3000, runner=r) for r in (fast, general)]
+    for length in (400, 71, 300):
+        for session in sessions:
+            session.prefill([random_tokens(length)])
+        compare(*sessions, 3, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_layers_of_another_kind_take_the_general_path() -> None:
+    class Counting(StoredLayer):
+        calls = 0
+
+        def attend(self, *args: Any) -> Tensor:
+            Counting.calls += 1
+            return super().attend(*args)
+
+    session = new_session(random_transformer(BASE))
+    for layer in session.cache.layers:
+        layer.__class__ = Counting
+    session.decode([3])
+    list(session.greedy(4, 3))
+    assert Counting.calls == 4 * len(session.cache.layers)
 
 
 @no_compiler

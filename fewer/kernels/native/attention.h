@@ -4,7 +4,7 @@
 #pragma once
 #include "products.h"
 
-enum { KEYS_AT_ONCE = 64, KEYS_AHEAD = 96, MOST_QUERIES = 256, WIDEST_HEAD = 256, MOST_ROWS = 32 };
+enum { HEADER = 16, KEYS_AT_ONCE = 64, KEYS_AHEAD = 96, MOST_QUERIES = 256, WIDEST_HEAD = 256, MOST_ROWS = 32 };
 
 typedef struct {
     int32_t bfloat16;  // what keys and values are stored in; otherwise float32
@@ -20,7 +20,7 @@ typedef struct {  // the new tokens among the slots of a store, and what each of
 } Visible;
 
 // A chunk's result for one query before division by `sum`: top, sum, out [dim].
-static inline size_t partial_size(const Heads *heads) { return heads->dim + LANES; }
+static inline size_t partial_size(const Heads *heads) { return heads->dim + HEADER; }
 
 static inline int chunk_start(int chunk) {  // 64 keys a chunk up to slot 512, 256 up to 4,096, then 1,024
     if (chunk <= 8) return 64 * chunk;
@@ -35,15 +35,15 @@ static inline int chunks_of(int keys) {
 
 static inline size_t row_size(const Heads *heads) { return (size_t)heads->dim * (heads->bfloat16 ? 2 : 4); }
 
-static inline f32x16 load_stored(const Heads *heads, const char *row, int at) {
+static inline floats load_stored(const Heads *heads, const char *row, int at) {
     return heads->bfloat16 ? load_bfloat16((const uint16_t *)row + at) : load((const float *)row + at);
 }
 
-static inline f32x16 capped(f32x16 score, float softcap) {  // softcap · tanh(score / softcap)
-    f32x16 grown = exponential(-2 * maximum(score / softcap, -score / softcap));
-    f32x16 size = softcap * (1 - grown) / (1 + grown);
-    i32x16 negative = score < splat(0);
-    return (f32x16)(((i32x16)-size & negative) | ((i32x16)size & ~negative));
+static inline floats capped(floats score, float softcap) {  // softcap · tanh(score / softcap)
+    floats grown = exponential(-2 * maximum(score / softcap, -score / softcap));
+    floats size = softcap * (1 - grown) / (1 + grown);
+    ints negative = score < splat(0);
+    return (floats)(((ints)-size & negative) | ((ints)size & ~negative));
 }
 
 typedef struct {  // the queries that share a KV head: query i is head i % group of row i / group
@@ -75,11 +75,11 @@ static void score(const Heads *heads, const Queries *queries, const char *keys, 
         }
         for (int each = 0; each < queries->count; each++) {
             const float *q = query(queries, each, dim);
-            f32x16 dot[LANES];
+            floats dot[LANES];
             for (int i = 0; i < LANES; i++) dot[i] = load(wide + i * dim) * load(q);
             for (int at = LANES; at < dim; at += LANES)
                 for (int i = 0; i < LANES; i++) dot[i] += load(wide + i * dim + at) * load(q + at);
-            f32x16 all = sums_of_16(dot);
+            floats all = sums_of_lanes(dot);
             store(scores[each] + first, heads->softcap ? capped(all, heads->softcap) : all);
             for (int i = present; i < LANES; i++) scores[each][first + i] = -INFINITY;
         }
@@ -101,15 +101,14 @@ static void hide(const Visible *visible, const Queries *queries, int first, int 
 
 // Turns scores into weights e^(score - top), and what was summed before into the new scale.
 static void weigh(float *partial, float *scores, int count, int dim) {
-    float *out = partial + LANES;
-    f32x16 top = splat(partial[0]);
+    float *out = partial + HEADER;
+    floats top = splat(partial[0]);
     for (int at = 0; at < count; at += LANES) top = maximum(top, load(scores + at));
-    float highest = top[0];
-    for (int i = 1; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
+    const float highest = largest(top);
     const float base = highest == -INFINITY ? 0 : highest;  // nothing is visible yet
-    f32x16 total = splat(0);
+    floats total = splat(0);
     for (int at = 0; at < count; at += LANES) {
-        f32x16 weight = exponential(load(scores + at) - splat(base));
+        floats weight = exponential(load(scores + at) - splat(base));
         store(scores + at, weight);
         total += weight;
     }
@@ -124,13 +123,13 @@ FOLDED void gather_for(const Heads *heads, float *partials, size_t size, const c
                        float (*weights)[KEYS_AT_ONCE], const int count) {
     const size_t row = row_size(heads);
     for (int at = 0; at < heads->dim; at += LANES) {
-        f32x16 out[4] = {0};
+        floats out[4] = {0};
         for (int i = 0; i < keys; i++) {
-            f32x16 value = load_stored(heads, values + row * i, at);
+            floats value = load_stored(heads, values + row * i, at);
             for (int each = 0; each < count; each++) out[each] += weights[each][i] * value;
         }
         for (int each = 0; each < count; each++) {
-            float *into = partials + each * size + LANES + at;
+            float *into = partials + each * size + HEADER + at;
             store(into, load(into) + out[each]);
         }
     }
@@ -178,7 +177,7 @@ static void merge(const Heads *heads, const float *partials, size_t stride, int 
         if (!partial[1]) continue;
         const float weight = expf(partial[0] - top);
         total += weight * partial[1];
-        for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) + weight * load(partial + LANES + at));
+        for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) + weight * load(partial + HEADER + at));
     }
     for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) / total);
 }

@@ -48,9 +48,10 @@ def _compiled() -> Path:
     path = folder / f"decode-{_fingerprint()}.so"
     if path.exists():
         return path
-    compiler = shutil.which(os.environ.get("CC") or "cc")
+    wanted = os.environ.get("CC") or "cc"
+    compiler = shutil.which(wanted)
     if compiler is None:
-        raise Unavailable("there is no C compiler (cc)")
+        raise Unavailable(f"there is no C compiler ({wanted})")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:

@@ -61,8 +61,8 @@ size_t fewer_shared_size(const Model *m, int rows, int keys) {
 }
 
 static void rms_norm(const float *x, const float *gain, int size, float eps, float *out) {
-    f32x16 squares = splat(0);
-    int whole = size & ~15;
+    floats squares = splat(0);
+    int whole = size & -LANES;
     for (int at = 0; at < whole; at += LANES) squares += load(x + at) * load(x + at);
     float total = sum(squares);
     for (int at = whole; at < size; at++) total += x[at] * x[at];
@@ -202,7 +202,7 @@ static void activate(const Model *m, const float *gate_up, float *out) {
         for (int i = 0; i < m->intermediate; i++) out[i] = 0.5f * gate[i] * (1 + erff(gate[i] * 0.70710678f)) * other[i];
         return;
     }
-    int whole = m->intermediate & ~15;
+    int whole = m->intermediate & -LANES;
     for (int at = 0; at < m->intermediate; at += LANES) {
         float rest_of[2 * LANES] = {0};
         const float *g = gate + at, *u = other + at;
@@ -211,10 +211,10 @@ static void activate(const Model *m, const float *gate_up, float *out) {
             memcpy(rest_of + LANES, u, sizeof(float) * (m->intermediate - whole));
             g = rest_of, u = rest_of + LANES;
         }
-        f32x16 x = load(g), bent = x;
+        floats x = load(g), bent = x;
         if (m->activation == GELU_TANH) bent = 1.5957691216f * (x + 0.044715f * x * x * x);  // 2 √(2/π) (x + …)
         // x · sigmoid(bent); e^-bent may overflow only where the product vanishes
-        f32x16 out_ = x / (1 + exponential(-maximum(bent, splat(-88)))) * load(u);
+        floats out_ = x / (1 + exponential(-maximum(bent, splat(-88)))) * load(u);
         if (at == whole)
             memcpy(out + at, &out_, sizeof(float) * (m->intermediate - whole));
         else
@@ -226,14 +226,13 @@ static void activate(const Model *m, const float *gate_up, float *out) {
 static void find_best(const float *logits, int vocab, int thread, int threads, float *best) {
     int first, last, at;
     share(vocab, thread, threads, &first, &last);
-    f32x16 top = splat(-INFINITY), odd = splat(0);
+    floats top = splat(-INFINITY), odd = splat(0);
     for (at = first; at + LANES <= last; at += LANES) {
-        f32x16 v = load(logits + at);
+        floats v = load(logits + at);
         top = maximum(top, v);
         odd += v * 0;  // NaN unless finite
     }
-    float highest = -INFINITY, strange = sum(odd);
-    for (int i = 0; i < LANES; i++) highest = top[i] > highest ? top[i] : highest;
+    float highest = largest(top), strange = sum(odd);
     for (; at < last; at++) {
         highest = logits[at] > highest ? logits[at] : highest;
         strange += logits[at] * 0;

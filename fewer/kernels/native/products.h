@@ -28,7 +28,7 @@ typedef struct {
     int count;
 } Rows;
 
-enum { SHORTEST_GROUP = 32, LANES = 16, MOST_AT_ONCE = 6 };
+enum { SHORTEST_GROUP = 32, MOST_AT_ONCE = 6 };
 
 // With a function's last arguments known, loops over them unroll, and their arrays are registers.
 #define FOLDED static inline __attribute__((always_inline))
@@ -39,47 +39,47 @@ enum { SHORTEST_GROUP = 32, LANES = 16, MOST_AT_ONCE = 6 };
 #endif
 
 // The four-bit code in each lane, as a float: of the low nibble, or of the high one. Higher bits of a lane are zero.
-static inline f32x16 low_nibbles(i32x16 v) {
-#ifdef __AVX512F__
+static inline floats low_nibbles(ints v) {
+#if LANES == 16
     const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return (f32x16)_mm512_permutexvar_ps((__m512i)v, numbers);  // reads four bits of each index
+    return (floats)_mm512_permutexvar_ps((__m512i)v, numbers);  // reads four bits of each index
 #else
-    return __builtin_convertvector(v & 15, f32x16);
+    return __builtin_convertvector(v & 15, floats);
 #endif
 }
 
-static inline f32x16 high_nibbles(i32x16 v) {
-#ifdef __AVX512F__
-    return low_nibbles((i32x16)((u32x16)v >> 4));
+static inline floats high_nibbles(ints v) {
+#if LANES == 16
+    return low_nibbles((ints)((naturals)v >> 4));
 #else
-    return __builtin_convertvector(v >> 4, f32x16);
+    return __builtin_convertvector(v >> 4, floats);
 #endif
 }
 
-// One tile of 32·half rows of W: byte i of a column holds row i (low nibble) and row i + 16·half (high).
+// One tile of W, 2·half·LANES rows: byte i of a column holds row i (low nibble) and row i + half·LANES (high).
 // w = (q - 8)·s + z, so a group adds s·(Σ q·x - 8·Σ x) + z·Σ x: one product a weight.
 FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, const float *sums, float *y, size_t stride, const int half,
                       const int count) {
-    const uint8_t *codes = (const uint8_t *)part->weight + (size_t)tile * part->copies * part->columns * 16 * half;
-    const uint16_t *pairs = part->scale + (size_t)tile * 64 * half;
+    const uint8_t *codes = (const uint8_t *)part->weight + (size_t)tile * part->copies * part->columns * LANES * half;
+    const uint16_t *pairs = part->scale + (size_t)tile * 4 * LANES * half;
     const size_t groups = part->columns / SHORTEST_GROUP;
-    float total[MOST_AT_ONCE][4][LANES] = {0};  // kept in memory: the registers are for the dot products
+    float total[MOST_AT_ONCE][64 / LANES][LANES] = {0};  // kept in memory: the registers are for the dot products
     for (int copy = 0; copy < part->copies; copy++)
         for (int start = 0; start < part->columns; start += part->group) {
-            f32x16 dot[MOST_AT_ONCE][4] = {0};
+            floats dot[MOST_AT_ONCE][64 / LANES] = {0};
             const float *x = rows->x + start;
-            for (int column = 0; column < part->group; column++, codes += 16 * half, x++)
+            for (int column = 0; column < part->group; column++, codes += LANES * half, x++)
                 UNROLLED for (int i = 0; i < half; i++) {
-                    i32x16 v = load_uint8(codes + 16 * i);
-                    f32x16 low = low_nibbles(v), high = high_nibbles(v);
+                    ints v = load_uint8(codes + LANES * i);
+                    floats low = low_nibbles(v), high = high_nibbles(v);
                     UNROLLED for (int row = 0; row < count; row++) {
                         dot[row][i] += low * x[row * rows->stride];
                         dot[row][i + half] += high * x[row * rows->stride];
                     }
                 }
             UNROLLED for (int i = 0; i < 2 * half; i++) {
-                u32x16 pair = *(const u32x16 *)(pairs + 32 * i);
-                f32x16 scale = (f32x16)(pair << 16), zero = (f32x16)(pair & 0xffff0000u);
+                naturals pair = *(const naturals *)(pairs + 2 * LANES * i);
+                floats scale = (floats)(pair << 16), zero = (floats)(pair & 0xffff0000u);
                 UNROLLED for (int row = 0; row < count; row++) {
                     const float whole = sums[row * groups + start / part->group];
                     store(total[row][i], load(total[row][i]) + scale * (dot[row][i] - 8 * whole) + zero * whole);
@@ -89,10 +89,10 @@ FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, const float 
             pairs += 2 * (size_t)part->padded;
         }
     UNROLLED for (int row = 0; row < count; row++)
-        UNROLLED for (int i = 0; i < 2 * half; i++) store(y + row * stride + 16 * i, load(total[row][i]));
+        UNROLLED for (int i = 0; i < 2 * half; i++) store(y + row * stride + LANES * i, load(total[row][i]));
 }
 
-FOLDED f32x16 load_weight(const Part *part, size_t at, const int kind) {
+FOLDED floats load_weight(const Part *part, size_t at, const int kind) {
     if (kind == FLOAT32) return load((const float *)part->weight + at);
     return kind == BFLOAT16 ? load_bfloat16((const uint16_t *)part->weight + at) : load_int8((const int8_t *)part->weight + at);
 }
@@ -105,12 +105,12 @@ FOLDED float one_weight(const Part *part, size_t at, const int kind) {
 // `height` rows of W from `first` on, stored one after another.
 FOLDED void plain_rows(const Part *part, int first, const Rows *rows, float *y, size_t stride, const int kind, const int height,
                        const int count) {
-    const int columns = part->columns, whole = columns & ~15;
+    const int columns = part->columns, whole = columns & -LANES;
     const size_t base = (size_t)first * columns;
-    f32x16 dot[4][MOST_AT_ONCE] = {0};
+    floats dot[4][MOST_AT_ONCE] = {0};
     for (int at = 0; at < whole; at += LANES)
         UNROLLED for (int i = 0; i < height; i++) {
-            f32x16 weight = load_weight(part, base + (size_t)i * columns + at, kind);
+            floats weight = load_weight(part, base + (size_t)i * columns + at, kind);
             UNROLLED for (int row = 0; row < count; row++) dot[i][row] += weight * load(rows->x + row * rows->stride + at);
         }
     UNROLLED for (int i = 0; i < height; i++)
@@ -142,12 +142,12 @@ FOLDED void up_to_four_rows(const Part *part, int first, int height, const Rows 
         default: CALL(6); \
     }
 static void tile_of_64(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
-#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 2, COUNT)
+#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 32 / LANES, COUNT)
     FOR_COUNT(CALL)
 #undef CALL
 }
 static void tile_of_32(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
-#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 1, COUNT)
+#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 16 / LANES, COUNT)
     FOR_COUNT(CALL)
 #undef CALL
 }
@@ -212,7 +212,7 @@ static void product(const Matrix *matrix, const Rows *all, float *sums, int thre
             for (int row = 0; row < all->count; row++)
                 for (int start = 0; start < part->columns; start += group) {
                     const float *x = all->x + row * all->stride + start;
-                    f32x16 total = load(x);
+                    floats total = load(x);
                     for (int at = LANES; at < group; at += LANES) total += load(x + at);
                     sums[row * groups + start / group] = sum(total);
                 }

@@ -1,42 +1,49 @@
-// Sixteen numbers at a time. GCC and Clang lower these vectors to what the processor has: one AVX-512 register, two of
-// AVX2, four of NEON.
+// As many numbers at a time as fit a register of this processor: 16 with AVX-512, 8 with AVX2, otherwise 4.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-
-static inline f32x16 load(const float *p) { return *(const f32x16 *)p; }
-static inline void store(float *p, f32x16 v) { *(f32x16 *)p = v; }
-static inline f32x16 splat(float x) { return x - (f32x16){0}; }
-
-// Sixteen small integers from memory, widened. Compilers make poor code of the last form, so x86 gets its instructions.
 #if defined(__AVX512F__)
-static inline i32x16 load_uint8(const uint8_t *p) { return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
-static inline i32x16 load_int8_codes(const int8_t *p) { return (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
-static inline u32x16 load_uint16(const uint16_t *p) { return (u32x16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
 #else
-#define WIDENED(NAME, FROM, INTO, ELEMENT)                 \
-    static inline INTO NAME(const FROM *p) {               \
-        ELEMENT wide[16];                                  \
-        for (int i = 0; i < 16; i++) wide[i] = p[i];       \
-        INTO result;                                       \
-        memcpy(&result, wide, sizeof result);              \
-        return result;                                     \
-    }
-WIDENED(load_uint8, uint8_t, i32x16, int32_t)
-WIDENED(load_int8_codes, int8_t, i32x16, int32_t)
-WIDENED(load_uint16, uint16_t, u32x16, uint32_t)
+#define LANES 4
 #endif
 
-static inline f32x16 load_bfloat16(const uint16_t *p) { return (f32x16)(load_uint16(p) << 16); }
-static inline f32x16 load_int8(const int8_t *p) { return __builtin_convertvector(load_int8_codes(p), f32x16); }
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t naturals __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline floats load(const float *p) { return *(const floats *)p; }
+static inline void store(float *p, floats v) { *(floats *)p = v; }
+static inline floats splat(float x) { return x - (floats){0}; }
+
+// Small integers from memory, widened. Compilers make poor code of the last form, so x86 gets its instructions.
+#if LANES == 16
+static inline ints load_uint8(const uint8_t *p) { return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline ints load_int8_codes(const int8_t *p) { return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline naturals load_uint16(const uint16_t *p) {
+    return (naturals)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+}
+#elif LANES == 8
+static inline ints load_uint8(const uint8_t *p) { return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+static inline ints load_int8_codes(const int8_t *p) { return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+static inline naturals load_uint16(const uint16_t *p) {
+    return (naturals)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+}
+#else
+static inline ints load_uint8(const uint8_t *p) { return (ints){p[0], p[1], p[2], p[3]}; }
+static inline ints load_int8_codes(const int8_t *p) { return (ints){p[0], p[1], p[2], p[3]}; }
+static inline naturals load_uint16(const uint16_t *p) { return (naturals){p[0], p[1], p[2], p[3]}; }
+#endif
+
+static inline floats load_bfloat16(const uint16_t *p) { return (floats)(load_uint16(p) << 16); }
+static inline floats load_int8(const int8_t *p) { return __builtin_convertvector(load_int8_codes(p), floats); }
 
 static inline float bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -54,19 +61,30 @@ static inline uint16_t to_bfloat16(float value) {
 }
 
 // The larger; b where one is NaN.
-static inline f32x16 maximum(f32x16 a, f32x16 b) {
-    i32x16 above = a > b;
-    return (f32x16)(((i32x16)a & above) | ((i32x16)b & ~above));
+static inline floats maximum(floats a, floats b) {
+    ints above = a > b;
+    return (floats)(((ints)a & above) | ((ints)b & ~above));
 }
 
-static inline float sum(f32x16 v) {
+static inline float sum(floats v) {
+#if LANES == 16
     v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+#elif LANES == 8
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// Lane i of the result is the sum of the lanes of v[i]: four rounds of folding pairs of vectors. v is spoiled.
-static inline f32x16 sums_of_16(f32x16 *v) {
+static inline float largest(floats v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// Lane i of the result is the sum of the lanes of v[i]: rounds of folding pairs of vectors. v is spoiled.
+static inline floats sums_of_lanes(floats *v) {
+#if LANES == 16
     for (int i = 0; i < 8; i++)
         v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -78,22 +96,36 @@ static inline f32x16 sums_of_16(f32x16 *v) {
                __builtin_shufflevector(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     return __builtin_shufflevector(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
            __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+#elif LANES == 8
+    for (int i = 0; i < 4; i++)
+        v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; i++)
+        v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(v[i], v[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
+#else
+    floats result = {0};
+    for (int i = 0; i < LANES; i++) result[i] = sum(v[i]);
+    return result;
+#endif
 }
 
 // e^x for x <= 88, relative error below 2e-7: x = n·ln 2 + r, and a polynomial of e^r; 0 below -87. NaN stays NaN.
-static inline f32x16 exponential(f32x16 x) {
-    i32x16 low = x < splat(-87.0f);
+static inline floats exponential(floats x) {
+    ints low = x < splat(-87.0f);
     x = maximum(splat(-87.0f), x);
-    i32x16 n = __builtin_convertvector(x * 1.44269504f + splat(128.5f), i32x16) - 128;  // floor(x / ln 2 + 1/2)
-    f32x16 whole = __builtin_convertvector(n, f32x16);
-    f32x16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    f32x16 p = splat(1.9875691500e-4f);
+    ints n = __builtin_convertvector(x * 1.44269504f + splat(128.5f), ints) - 128;  // floor(x / ln 2 + 1/2)
+    floats whole = __builtin_convertvector(n, floats);
+    floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    f32x16 power = (f32x16)((n + 127) << 23);
-    return (f32x16)((i32x16)(p * power) & ~low);
+    floats power = (floats)((n + 127) << 23);
+    return (floats)((ints)(p * power) & ~low);
 }
