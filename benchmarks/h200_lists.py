@@ -188,9 +188,8 @@ def prefix(bench: Bench, batch: int, length: int) -> Results:
 
     one_product = bench.best_of(iter(candidates), seconds, flops, "flops")
     tables, all_lengths = table.expand(batch, -1).contiguous(), bench.filled(batch, value=length)
-    apart = partial(
-        list_attention.attend_list, q, *pool, tables, None, None, "page", all_lengths, HEAD_DIM**-0.5
-    )  # fmt: skip
+    whole = None, None, "page", all_lengths, HEAD_DIM**-0.5
+    apart = partial(list_attention.attend_list, q, *pool, tables, *whole)
     same = (
         (shared_prefix.attend_prefix(q, *pool, table, lengths, pointers, HEAD_DIM**-0.5)[0] - apart().out).abs().max()
     )
@@ -208,9 +207,8 @@ def prefill(bench: Bench, length: int) -> Results:
     projected = torch.empty(shape, dtype=torch.bfloat16, device=bench.device).normal_().transpose(1, 2)
     q, k, v = projected.split((HEADS, KV_HEADS, KV_HEADS), 1)
     scale, once = HEAD_DIM**-0.5, 1 if bench.tiny else 2
-    dense = partial(
-        torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True, scale=scale, enable_gqa=True
-    )  # fmt: skip
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    dense = partial(sdpa, q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     found: Results = {"sdpa dense": {"milliseconds": 1e3 * seconds_in_graph([dense] * once, 3)}}
     for name, sinks, window in (("dense", 0, EVERYTHING), ("128 + 8192", 128, 8192), ("128 + 256", 128, 256)):
         windows = bench.filled(HEADS, value=window)
