@@ -15,10 +15,22 @@ which is one product over 2·D channels. Logical pages without tokens score -inf
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fewer.kernels.list_attention import INFINITY, stretch
+
+
+class Arrivals(NamedTuple):
+    """N new tokens, and the U logical pages that take them."""
+
+    pages: Tensor  # [U] physical page of each logical page
+    parts: Tensor  # [U] its number there
+    index: Tensor  # [N] which of the U a token goes to
+    first: Tensor  # those of the N that begin a logical page
 
 
 class PageStatistics:
@@ -57,28 +69,31 @@ class PageStatistics:
         with torch.inference_mode(False):  # what a pass allocates is written outside of passes, too
             self.bounds = torch.nn.functional.pad(self.bounds, padding)
 
-    def add(self, layer: int, keys: Tensor, pages: Tensor, offsets: Tensor) -> None:
-        """New keys [N, Hk, D] at the places `offsets` of physical `pages`, both [N] int64.
+    def place(self, pages: Tensor, offsets: Tensor) -> Arrivals:
+        """Where N new tokens go, both [N] int64: the physical page of each and its place there. Layers share it."""
+        touched, index = (pages * self.parts + offsets // self.logical_size).unique(return_inverse=True)
+        first = (offsets % self.logical_size == 0).nonzero()[:, 0]
+        return Arrivals(touched // self.parts, touched % self.parts, index, first)
+
+    def add(self, layer: int, keys: Tensor, arrivals: Arrivals) -> None:
+        """The new tokens' keys [N, Hk, D].
 
         The first token of a logical page is assigned: nothing stays of what a recycled page held.
         """
         bounds = self.bounds[layer]
         keys = keys.to(bounds.dtype)
-        touched, index = (pages * self.parts + offsets // self.logical_size).unique(return_inverse=True)  # [U], [N]
-        page, part = touched // self.parts, touched % self.parts
-        known = bounds[page, :, part]  # [U, Hk, 2, D]
-        first = offsets % self.logical_size == 0
-        known[index[first]] = keys[first][:, :, None]
-        into = index[:, None, None].expand_as(keys)
+        known = bounds[arrivals.pages, :, arrivals.parts]  # [U, Hk, 2, D]
+        known[arrivals.index[arrivals.first]] = keys[arrivals.first][:, :, None]
+        into = arrivals.index[:, None, None].expand_as(keys)
         known[:, :, 0].scatter_reduce_(0, into, keys, "amax")
         known[:, :, 1].scatter_reduce_(0, into, keys, "amin")
-        bounds[page, :, part] = known
+        bounds[arrivals.pages, :, arrivals.parts] = known
 
-    def rebuild(self, keys: Tensor, pages: Tensor, parts: Tensor, counts: Tensor) -> None:
+    def rebuild(self, keys: Iterable[Tensor], pages: Tensor, parts: Tensor, counts: Tensor) -> None:
         """Read again logical pages that lost or moved tokens: numbers `parts` of physical `pages`, with `counts` >= 1
-        tokens at their beginning, each [U] int64. keys [layers, pages, Hk, page_size, D] of all layers."""
-        place = torch.arange(self.logical_size, device=keys.device)
-        offsets = (parts[:, None] * self.logical_size + place).clamp(max=keys.shape[3] - 1)  # [U, logical_size]
+        tokens at their beginning, each [U] int64. `keys` [pages, Hk, page_size, D] of every layer."""
+        place = torch.arange(self.logical_size, device=self.bounds.device)
+        offsets = (parts[:, None] * self.logical_size + place).clamp(max=self.page_size - 1)  # [U, logical_size]
         gone = (place >= counts[:, None])[:, :, None, None]
         for bounds, of_layer in zip(self.bounds, keys, strict=True):
             held = of_layer[pages[:, None], :, offsets]  # [U, logical_size, Hk, D]

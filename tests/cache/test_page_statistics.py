@@ -25,7 +25,7 @@ def fill(into: PageStatistics, keys: Tensor, table: list[int], chunk: int) -> No
     pages = torch.tensor(table)
     for start in range(0, len(keys), chunk):
         slots = torch.arange(start, min(start + chunk, len(keys)))
-        into.add(0, keys[slots], pages[slots // into.page_size], slots % into.page_size)
+        into.add(0, keys[slots], into.place(pages[slots // into.page_size], slots % into.page_size))
 
 
 def paged(keys: Tensor, table: list[int], page_size: int, pages: int = 8) -> Tensor:
