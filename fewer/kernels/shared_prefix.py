@@ -15,10 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewer.kernels.attention import attend, merge
+from fewer.kernels.attention_part import attention_part
 from fewer.kernels.list_attention import stretch
-
-LONGEST_RUN = 4096  # keys whose scores exist at once
 
 
 def attend_prefix(
@@ -49,11 +47,10 @@ def attend_prefix(
     for group, (first, stop, length) in enumerate(zip(ends, ends[1:], lengths.tolist(), strict=False)):
         if not length or first == stop:
             continue
-        folded = q[first:stop].float().view(-1, kv_heads, heads // kv_heads, head_dim)  # [rows, Hk, G, D]
+        folded = q[first:stop].view(-1, kv_heads, heads // kv_heads, head_dim)  # [rows, Hk, G, D]
         folded = folded.transpose(0, 1).flatten(1, 2)[None]  # [1, Hk, rows·G, D]
-        k, v = (stretch(part, table[group], length)[None].split(LONGEST_RUN, 2) for part in (keys, values))
-        runs = zip(k, v, strict=True)
-        part, total = merge([attend(folded, *run, scale, softcap=softcap or 0.0) for run in runs])
+        k, v = (stretch(part, table[group], length)[None] for part in (keys, values))
+        part, total = attention_part(folded, k, v, scale, softcap=softcap or 0.0)
         out[first:stop] = part.view(kv_heads, stop - first, -1, head_dim).transpose(0, 1).flatten(1, 2)
         lse[first:stop] = total.view(kv_heads, stop - first, -1).transpose(0, 1).flatten(1, 2)
     return out, lse
