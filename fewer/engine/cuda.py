@@ -81,13 +81,9 @@ class _Pass:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-def _values(report: Tensor) -> Tensor:
-    """The logits of a report [2, B]: [B] float32."""
-    return report[1].to(torch.int32).view(torch.float32)
-
-
 def _tops(report: Tensor) -> list[float]:
-    return [float(top) for top in _values(report).tolist()]
+    """The logits of a report [2, B]."""
+    return [float(top) for top in report[1].to(torch.int32).view(torch.float32).tolist()]
 
 
 class CudaDecoder:

@@ -23,14 +23,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def angle(table, position, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr):
-    """Cosine and signed sine of every channel at `position`: [DIM] each. Interleaved pairs: channel d and its partner
-    d ^ 1 form one complex number."""
-    channel = tl.arange(0, DIM)
-    turned = channel < ROTARY_DIM
-    at = table + position.to(tl.int64) * ROTARY_DIM + (channel // 2) * 2
-    cosine = tl.load(at, mask=turned, other=1.0)
-    sine = tl.load(at + 1, mask=turned, other=0.0)
-    return cosine, tl.where(channel % 2 == 0, -sine, sine)
+    """Cosine and sine of every pair of channels at `position`: [DIM / 2] each."""
+    pair = tl.arange(0, DIM // 2)
+    at = table + position.to(tl.int64) * ROTARY_DIM + 2 * pair
+    turned = pair < ROTARY_DIM // 2
+    return tl.load(at, mask=turned, other=1.0), tl.load(at + 1, mask=turned, other=0.0)
 
 
 @triton.jit
@@ -38,20 +35,22 @@ def turn(
     vectors, gain, cosine, sine, eps,
     HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Load heads [n, 1] pointers `vectors` -> [n, DIM] float32, RMS-normalised by `gain`, turned by `angle`."""
+    """Load heads [n, 1] pointers `vectors` -> [n, DIM] float32, RMS-normalised by `gain`, turned by `angle`.
+
+    Interleaved pairs: channels 2i and 2i + 1 form one complex number.
+    """
     channel = tl.arange(0, DIM)
     held = channel < HEAD_DIM
-    own = tl.load(vectors + channel[None, :], mask=held[None, :], other=0.0).to(tl.float32)
-    if ROTATE:
-        other = tl.load(vectors + (channel ^ 1)[None, :], mask=held[None, :], other=0.0).to(tl.float32)
+    heads = tl.load(vectors + channel[None, :], mask=held[None, :], other=0.0).to(tl.float32)
     if NORM:
-        inverse = tl.rsqrt(tl.sum(own * own, 1) / HEAD_DIM + eps)[:, None]
-        own *= inverse * tl.load(gain + channel, mask=held, other=0.0)[None, :]
-        if ROTATE:
-            other *= inverse * tl.load(gain + (channel ^ 1), mask=held, other=0.0)[None, :]
+        inverse = tl.rsqrt(tl.sum(heads * heads, 1) / HEAD_DIM + eps)[:, None]
+        heads *= inverse * tl.load(gain + channel, mask=held, other=0.0)[None, :]
     if ROTATE:
-        own = own * cosine[None, :] + other * sine[None, :]
-    return own
+        real, imaginary = tl.split(tl.reshape(heads, [heads.shape[0], DIM // 2, 2]))
+        cosine, sine = cosine[None, :], sine[None, :]
+        turned = tl.join(real * cosine - imaginary * sine, imaginary * cosine + real * sine)
+        heads = tl.reshape(turned, [heads.shape[0], DIM])
+    return heads
 
 
 @triton.jit
@@ -122,7 +121,7 @@ def merge_parts(
         total = total * shrink + tl.sum(weight, 0)
         result = result * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
         top = higher
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    result *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     stored = (head < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
     final = out + (first_head + head)[:, None] * HEAD_DIM + channel[None, :]
     tl.store(final, result.to(out.dtype.element_ty), mask=stored)
@@ -135,7 +134,7 @@ def decode_attention(
     query, keys, values, lengths, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
     scale, softcap, window, eps, stride_row, stride_head, stride_slot, batch, programs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr,
-    GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, ROWS_P: tl.constexpr, BLOCK_S: tl.constexpr,
+    GROUP_P: tl.constexpr, HEADS_P: tl.constexpr, SPLITS: tl.constexpr, ROWS_P: tl.constexpr, BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr,
     LSE: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -162,16 +161,18 @@ def decode_attention(
     run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
     if split < active:
-        head = tl.arange(0, 16 if GROUP_P < 16 else GROUP_P)  # the narrowest asynchronous tile
-        real = tl.minimum(head, GROUP - 1)
+        TIMES: tl.constexpr = 1 if GROUP_P >= HEADS_P else HEADS_P // GROUP_P
+        head = tl.arange(0, TIMES * GROUP_P)
         channel = tl.arange(0, DIM)
         held = channel < HEAD_DIM
         plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
         begin = first + split * run
         end = tl.minimum(begin + run, length)
         # What earlier passes cached needs no waiting: only the query and the new token come from the kernel in front.
-        key = block_of(keys + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
-        value = block_of(values + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+        AHEAD: tl.constexpr = BLOCK_S if STAGES == 1 else 0  # a loop that fetches ahead gains nothing from it
+        if AHEAD:
+            key = block_of(keys + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            value = block_of(values + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
         ROTATE: tl.constexpr = FUSED and ROTARY_DIM > 0
         cosine, sine = scale, scale
         if ROTATE:
@@ -179,6 +180,7 @@ def decode_attention(
         wait_for_previous(PDL)
         width: tl.constexpr = (HEADS + 2 * KV_HEADS if FUSED else HEADS) * HEAD_DIM
         base = query + row.to(tl.int64) * width
+        real = tl.minimum(tl.arange(0, GROUP_P), GROUP - 1)
         heads = base + (kv_head * GROUP + real)[:, None] * HEAD_DIM
         q = turn(heads, q_gain, cosine, sine, eps, HEAD_DIM, ROTATE, DIM, FUSED and QK_NORM).to(keys.dtype.element_ty)
         k_new, v_new = q, q
@@ -188,15 +190,18 @@ def decode_attention(
             v_at = base + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + channel
             v_new = tl.load(v_at, mask=held, other=0.0).to(keys.dtype.element_ty)  # [DIM]
             k_new = turn(k_at, k_gain, cosine, sine, eps, HEAD_DIM, ROTATE, DIM, QK_NORM).to(keys.dtype.element_ty)
-        matched = tl.trans(q)  # [DIM, heads]
+        copies = tl.broadcast_to(q[None, :, :], [TIMES, GROUP_P, DIM])
+        matched = tl.trans(tl.reshape(copies, [TIMES * GROUP_P, DIM]))
         top = tl.full([head.shape[0]], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_S, head.shape[0]], tl.float32)
         result = tl.zeros([DIM, head.shape[0]], tl.float32)
-        if begin < end:
-            top, sums, result = attend_block(
-                matched, key, value, begin, end, scale, softcap, top, sums, result, SOFTCAP, BLOCK_S, ON_CPU, PRECISION
-            )
-        for start in tl.range(begin + BLOCK_S, end, BLOCK_S, num_stages=STAGES):
+        if AHEAD:  # noqa: SIM102 (known when compiled; the other is not)
+            if begin < end:
+                top, sums, result = attend_block(
+                    matched, key, value, begin, end, scale, softcap, top, sums, result,
+                    SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
+                )  # fmt: skip
+        for start in tl.range(begin + AHEAD, end, BLOCK_S, num_stages=STAGES):
             following = block_of(keys + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             and_values = block_of(values + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             top, sums, result = attend_block(
@@ -211,12 +216,13 @@ def decode_attention(
                 tl.store(values + slot, v_new, mask=held)
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
                 score = cap(score * scale, softcap, SOFTCAP) * LOG2_E
+                score = tl.reshape(tl.broadcast_to(score[None, :], [TIMES, GROUP_P]), [TIMES * GROUP_P])
                 higher = tl.maximum(top, score)
                 weight, shrink = tl.exp2(score - higher), tl.exp2(top - higher)
                 total = total * shrink + weight
                 result = result * shrink[None, :] + weight[None, :] * v_new.to(tl.float32)[:, None]
                 top = higher
-        result = result / tl.where(total > 0, total, 1.0)[None, :]
+        result *= (1.0 / tl.where(total > 0, total, 1.0))[None, :]
         logsum = tl.where(total > 0, top + tl.log2(total), float("-inf"))
         first_head = row * HEADS + kv_head * GROUP
         stored = (head < GROUP)[None, :] & held[:, None]
@@ -236,5 +242,5 @@ def decode_attention(
                 tl.store(tickets + pair, 0)
                 merge_parts(
                     part_out, part_lse, out, lse, pair * SPLITS * GROUP, first_head, active,
-                    GROUP, GROUP_P, SPLITS, SPLITS_P, HEAD_DIM, DIM, CHUNK, LSE,
+                    GROUP, GROUP_P, SPLITS, SPLITS, HEAD_DIM, DIM, CHUNK, LSE,
                 )  # fmt: skip

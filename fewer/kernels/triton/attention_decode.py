@@ -20,6 +20,7 @@ class Tiling(NamedTuple):
     slots: int  # keys a step of the loop
     warps: int = 4
     stages: int = 3
+    heads: int = 16  # query heads a tile; from 16 on Hopper multiplies straight from shared memory
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Fusion:
 def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tiling:
     """One part for each of the GPU's multiprocessors, none shorter than one block of keys.
 
-    Rows may differ in length, so a batch gets eight times as many, shorter parts: they even out. Short caches use no
+    Rows may differ in length, so a batch gets four times as many, shorter parts: they even out. Short caches use no
     buffers to fetch ahead: a kernel with less shared memory than 48 KB starts while a product is still running, one
     with more waits until the multiprocessor is empty and has its first-level cache split anew.
     """
-    programs = processors * (1 if batch == 1 else 8)
+    programs = processors * (1 if batch == 1 else 4)
     splits = max(1, min(programs // kv_heads, -(-longest // 64)))
     if longest <= SHORT:
-        return Tiling(splits, programs, 64, stages=1)
+        return Tiling(splits, programs, 64, warps=2, stages=1, heads=8)
     if batch == 1 and longest >= LONG:
         return Tiling(splits, programs, 128, stages=3)
     return Tiling(splits, programs, 64, stages=3)
@@ -87,8 +88,8 @@ def launch(
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
         scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
-        heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.splits,
-        _power(tiling.splits), _power(batch), tiling.slots, tiling.stages,
+        heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.heads,
+        tiling.splits, _power(batch), tiling.slots, tiling.stages,
         max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
         num_warps=tiling.warps, **options,

@@ -13,10 +13,10 @@ class Blocks(NamedTuple):
     resident: int = 4  # programs a multiprocessor, where they keep x in registers and walk the rows
 
 
-# (kind, output rows, columns, gated) -> the fastest of those that benchmarks/h200.py tried (results/h200.json)
+# (kind, output rows, columns, gated) -> the fastest of the best of benchmarks/h200.py's sweep, timed in whole passes
 MEASURED: dict[tuple[str, int, int, bool], Blocks] = {
     ("dense", 6144, 4096, False): Blocks(2, 4096, 4),
-    ("dense", 4096, 4096, False): Blocks(4, 4096, 8),
+    ("dense", 4096, 4096, False): Blocks(2, 4096, 4),
     ("dense", 14336, 4096, True): Blocks(2, 4096, 4),
     ("dense", 4096, 14336, False): Blocks(4, 2048, 4),
     ("dense", 128256, 4096, False): Blocks(2, 4096, 4),
@@ -25,8 +25,8 @@ MEASURED: dict[tuple[str, int, int, bool], Blocks] = {
     ("int8", 14336, 4096, True): Blocks(8, 1024, 4),
     ("int8", 4096, 14336, False): Blocks(4, 2048, 4),
     ("int8", 128256, 4096, False): Blocks(8, 1024, 4),
-    ("int4", 6144, 4096, False): Blocks(4, 4096, 8, resident=3),
-    ("int4", 4096, 4096, False): Blocks(4, 4096, 4),
+    ("int4", 6144, 4096, False): Blocks(4, 4096, 4),
+    ("int4", 4096, 4096, False): Blocks(8, 4096, 8, resident=2),
     ("int4", 14336, 4096, True): Blocks(2, 4096, 4, resident=5),
     ("int4", 4096, 14336, False): Blocks(4, 16384, 16, resident=1),
     ("int4", 128256, 4096, False): Blocks(4, 4096, 4),
@@ -48,9 +48,11 @@ def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
     return Blocks(2 if gated else 4, whole, 16, resident=1) if whole <= 16384 else Blocks(8, 2048, 2)
 
 
-def rows_blocks(count: int, rows: int, columns: int) -> Blocks:
-    """Block sizes for 2 and more rows of x.
-
-    No more stages than loop steps: Triton 3.6 gave wrong gated int4 products for two steps in three or four stages.
-    """
-    return Blocks(32 if rows < 16384 else 64, 128, 4, min(4, -(-columns // 128)))
+def rows_blocks(kind: str, count: int, rows: int, columns: int) -> Blocks:
+    """Block sizes for 2 and more rows of x."""
+    whole = max(32, 1 << (columns - 1).bit_length())
+    if kind == "int4":
+        return Blocks(32, min(256, whole), 2, 4)
+    if kind == "int8":
+        return Blocks(32, min(128, whole), 4, 5)
+    return Blocks(64, min(128 if rows > 8192 else 256, whole), 4, 4 if rows > 8192 else 3)

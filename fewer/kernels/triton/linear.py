@@ -16,7 +16,7 @@ from torch.nn import functional
 from fewer.kernels.triton.block_sizes import Blocks, gemv_blocks, rows_blocks
 from fewer.kernels.triton.gemv import gemv_dense, gemv_int8
 from fewer.kernels.triton.gemv_int4 import gemv_int4, gemv_int4_long
-from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows
+from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows, prepare_rows
 
 WIDE = 64  # rows beyond which dequantising pays
 _GEMV = {"dense": gemv_dense, "int8": gemv_int8}
@@ -84,16 +84,37 @@ def multiply(
             *interpreted, num_warps=blocks.warps, **launch,
         )  # fmt: skip
         return out
-    blocks = blocks or rows_blocks(count, size, columns)
+    blocks = blocks or rows_blocks(matrix.kind, count, size, columns)
+    ready, inverse, sums = prepared(x, matrix, fused, pdl)
     block_m = max(16, min(64, 1 << (count - 1).bit_length()))
     grid = (-(-size // blocks.rows), -(-count // block_m))
+    width = max(blocks.columns, matrix.group_size) if matrix.kind == "int4" else blocks.columns
     precision = "ieee" if matrix.codes.dtype == torch.float32 else "tf32"
     matmul_rows[grid](
-        x, gain, matrix.codes, *pointers, count, size, columns, matrix.group_size, matrix.kind, *flags, block_m,
-        blocks.rows, blocks.columns, blocks.stages, x.device.type == "cpu", precision, pdl,
+        ready, inverse, sums, matrix.codes, *pointers[:-1], count, size, columns, matrix.group_size, matrix.kind,
+        *flags, block_m, blocks.rows, width, blocks.stages, x.device.type == "cpu", precision, pdl,
         num_warps=blocks.warps, **launch,
     )  # fmt: skip
     return out
+
+
+def prepared(x: Tensor, matrix: Stored, fused: Fused, pdl: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `matmul_rows` reads of x [M, K]: x·g in the type that is multiplied, 1 / rms(x) [M], Σ x·g [M, G]."""
+    (count, columns), int4 = x.shape, matrix.kind == "int4"
+    dtype = matrix.codes.dtype if matrix.kind == "dense" else torch.bfloat16
+    if fused.gain is None and x.dtype == dtype and not int4:
+        return x, x, x  # the others are not read
+    ready = torch.empty(count, columns, dtype=dtype, device=x.device)
+    inverse = torch.empty(count, device=x.device)
+    sums = torch.empty(count, columns // matrix.group_size, device=x.device)
+    gain = inverse if fused.gain is None else fused.gain
+    block = max(matrix.group_size if int4 else 1, 1 << (columns - 1).bit_length())
+    launch: dict[str, object] = {"launch_pdl": True} if pdl else {}
+    prepare_rows[(count,)](
+        x, gain, ready, inverse, sums, fused.eps, columns, matrix.group_size, fused.gain is not None, int4, block, pdl,
+        num_warps=min(16, max(1, block // 512)), **launch,
+    )  # fmt: skip
+    return ready, inverse, sums
 
 
 def word_order(gain: Tensor) -> Tensor:
