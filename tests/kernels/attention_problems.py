@@ -138,9 +138,13 @@ class TileProblem:
     def answer(self, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Output [B, H, T, D], log-sum-exp [B, H, T] and column sums [B, H, S] in float64."""
         group = self.q.shape[1] // self.k.shape[1]
-        k, v = (x.repeat_interleave(group, 1)[:, :, None] for x in (self.k, self.v))  # [B, H, 1, S, D]
-        out, lse, scores = softmax_attention(self.q, k, v, self.seen(), scale, softcap)
-        return out, lse, (scores.softmax(-1).nan_to_num(0.0) * self.weights[:, None]).sum(2)
+        k, v = (x.double().repeat_interleave(group, 1) for x in (self.k, self.v))
+        scores = self.q.double() @ k.transpose(2, 3) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~self.seen(), -torch.inf)
+        shares = scores.softmax(-1).nan_to_num(0.0)
+        return shares @ v, scores.logsumexp(-1), (shares * self.weights[:, None]).sum(2)
 
     def to(self, device: torch.device) -> TileProblem:
         def moved(x: Any) -> Any:
