@@ -29,7 +29,7 @@ class Arrivals(NamedTuple):
 
     pages: Tensor  # [U] physical page of each logical page
     parts: Tensor  # [U] its number there
-    index: Tensor  # [N] which of the U a token goes to
+    target: Tensor  # [N] which of the U a token goes to
     first: Tensor  # those of the N that begin a logical page
 
 
@@ -71,9 +71,9 @@ class PageStatistics:
 
     def place(self, pages: Tensor, offsets: Tensor) -> Arrivals:
         """Where N new tokens go, both [N] int64: the physical page of each and its place there. Layers share it."""
-        touched, index = (pages * self.parts + offsets // self.logical_size).unique(return_inverse=True)
+        touched, target = (pages * self.parts + offsets // self.logical_size).unique(return_inverse=True)
         first = (offsets % self.logical_size == 0).nonzero()[:, 0]
-        return Arrivals(touched // self.parts, touched % self.parts, index, first)
+        return Arrivals(touched // self.parts, touched % self.parts, target, first)
 
     def add(self, layer: int, keys: Tensor, arrivals: Arrivals) -> None:
         """The new tokens' keys [N, Hk, D].
@@ -83,8 +83,8 @@ class PageStatistics:
         bounds = self.bounds[layer]
         keys = keys.to(bounds.dtype)
         known = bounds[arrivals.pages, :, arrivals.parts]  # [U, Hk, 2, D]
-        known[arrivals.index[arrivals.first]] = keys[arrivals.first][:, :, None]
-        into = arrivals.index[:, None, None].expand_as(keys)
+        known[arrivals.target[arrivals.first]] = keys[arrivals.first][:, :, None]
+        into = arrivals.target[:, None, None].expand_as(keys)
         known[:, :, 0].scatter_reduce_(0, into, keys, "amax")
         known[:, :, 1].scatter_reduce_(0, into, keys, "amin")
         bounds[arrivals.pages, :, arrivals.parts] = known
