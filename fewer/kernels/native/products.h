@@ -28,7 +28,7 @@ typedef struct {
     int count;
 } Rows;
 
-enum { SHORTEST_GROUP = 32, MOST_AT_ONCE = 6 };
+enum { SHORTEST_GROUP = 32, MOST_AT_ONCE = 6, AHEAD = 8 };  // AHEAD: rows of a plain matrix that are fetched beforehand
 
 // With a function's last arguments known, loops over them unroll, and their arrays are registers.
 #define FOLDED static inline __attribute__((always_inline))
@@ -106,11 +106,13 @@ FOLDED float one_weight(const Part *part, size_t at, const int kind) {
 FOLDED void plain_rows(const Part *part, int first, const Rows *rows, float *y, size_t stride, const int kind, const int height,
                        const int count) {
     const int columns = part->columns, whole = columns & -LANES;
-    const size_t base = (size_t)first * columns;
+    const size_t base = (size_t)first * columns, bytes = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
     floats dot[4][MOST_AT_ONCE] = {0};
     for (int at = 0; at < whole; at += LANES)
         UNROLLED for (int i = 0; i < height; i++) {
-            floats weight = load_weight(part, base + (size_t)i * columns + at, kind);
+            const size_t place = base + (size_t)i * columns + at;
+            __builtin_prefetch((const char *)part->weight + (place + AHEAD * (size_t)columns) * bytes);
+            floats weight = load_weight(part, place, kind);
             UNROLLED for (int row = 0; row < count; row++) dot[i][row] += weight * load(rows->x + row * rows->stride + at);
         }
     UNROLLED for (int i = 0; i < height; i++)
