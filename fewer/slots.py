@@ -257,7 +257,13 @@ class Method:
     summary: str = ""
     fit: Fit | None = None  # None: it learns nothing, and its target takes no adapter
     fit_config: type | None = None  # the frozen dataclass of what `fit` can be told
+    adapter_of: str | None = None  # the method whose adapter the target takes; None: its own, if it is fitted
     conflicts: Mapping[str, str] = field(default_factory=dict)  # "slot:name" -> the reason they exclude each other
+
+    @property
+    def learnt_by(self) -> str | None:
+        """The method that fits what the target takes as `adapter`; None: it takes none."""
+        return self.adapter_of or (self.name if self.fit is not None else None)
 
 
 _METHODS: dict[tuple[Slot, str], Method] = {}
@@ -279,6 +285,7 @@ def method(
     conflicts: Mapping[str, str] | None = None,
     fit: Fit | None = None,
     fit_config: type | None = None,
+    adapter_of: str | None = None,
 ) -> Callable[[Any], Any]:
     """Register a method under `name` in `slot`. The first line of its module's docstring becomes the summary."""
 
@@ -286,7 +293,7 @@ def method(
         documentation = importlib.import_module(target.__module__).__doc__ or target.__doc__ or ""
         summary = documentation.strip().splitlines()[0].rstrip(".") if documentation.strip() else ""
         _METHODS[slot, name] = Method(
-            name, slot, paper, lossless, target, config, summary, fit, fit_config, dict(conflicts or {})
+            name, slot, paper, lossless, target, config, summary, fit, fit_config, adapter_of, dict(conflicts or {})
         )
         return target
 
