@@ -21,7 +21,7 @@ from fewer.cli import (
     perplexity,
     train,
 )
-from fewer.cli.verb import Verb, Verbs
+from fewer.cli.verb import Verb, VerbOfLists, Verbs
 
 app = typer.Typer(
     name="fewer",
@@ -60,7 +60,7 @@ for _verb in (
     inspect.inspect,
     doctor.doctor,
 ):
-    app.command(cls=Verb)(_verb)
+    app.command(cls=VerbOfLists if _verb is compare.compare else Verb)(_verb)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(models.app, name="models")
 

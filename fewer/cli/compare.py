@@ -42,7 +42,7 @@ def compare(
             "-r",
             metavar="RECIPE",
             rich_help_panel=o.RECIPE,
-            help="As in 'weights=int4 cache=sink-window', or a YAML file of recipes; repeat it. (default: six of them)",
+            help="As in 'weights=int4 cache=sink-window', or a YAML file; several may follow. (default: six)",
         ),
     ] = None,
     weights: Annotated[
@@ -53,7 +53,7 @@ def compare(
             metavar="SPEC",
             autocompletion=o.complete_weights,
             rich_help_panel=o.RECIPE,
-            help="Another recipe: the default one (or each --recipe) with these weights; repeat it.",
+            help="Another recipe: the default one (or each --recipe) with these weights; several may follow.",
         ),
     ] = None,
     cache: Annotated[

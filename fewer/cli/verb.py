@@ -33,6 +33,27 @@ class Verb(TyperCommand):
         raise typer.Exit(code)
 
 
+class VerbOfLists(Verb):
+    """A verb without arguments, so that words behind an option that may be repeated are more values of it:
+    `--cache full sink-window` is `--cache full --cache sink-window`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        words: list[str] = []
+        option, values = "", 0  # the last option named, and the words since
+        for word in args:
+            name, equals, _ = word.partition("=")
+            if word.startswith("-") and word != "-":
+                option, values = name, int(bool(equals))
+            else:
+                if values and option in repeated:
+                    words.append(option)
+                values += 1
+            words.append(word)
+        result: list[str] = super().parse_args(ctx, words)
+        return result
+
+
 def _ending(fault: BaseException) -> tuple[int, str] | None:
     """Exit code and sentence; None for what is a defect of ours."""
     if isinstance(fault, KeyboardInterrupt):
