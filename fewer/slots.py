@@ -18,9 +18,9 @@ import difflib
 import functools
 import importlib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +86,17 @@ class KVCache(Protocol):
 
     def reserve(self, tokens: int) -> None:
         """Make room for this many tokens a row in all, or raise a FewerError."""
+        ...
+
+
+@runtime_checkable
+class SharingCache(Protocol):
+    """A KVCache that computes and stores once what several prompts begin with. The session asks before it feeds any."""
+
+    def shared_runs(self, prompts: Sequence[Sequence[int]]) -> Generator[tuple[KVCache, list[list[int]]]]:
+        """Yields caches and, for each row of them, the tokens to feed to it before the next are asked for. In the end
+        the batch's `lengths` include what each row then holds of its prompt, never all of it. Closed early, because a
+        pass failed, it leaves the batch as it was."""
         ...
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 Tokens = Sequence[int]
 
@@ -36,11 +35,6 @@ class PrefixNode:
         """Rows that share nothing beyond this node."""
         deeper = {row for child in self.children for row in child.rows}
         return [row for row in self.rows if row not in deeper]
-
-    @property
-    def branches(self) -> int:
-        """How many times the node's tokens would be stored and read if it did not exist: by each child and own row."""
-        return len(self.children) + len(self.own_rows)
 
 
 def prefix_levels(
@@ -83,7 +77,23 @@ def prefix_levels(
     return [sorted(level, key=lambda node: node.rows[0]) for level in levels]
 
 
-def common_length(texts: Sequence[Sequence[int]]) -> int:
+def worthwhile(levels: Sequence[Sequence[PrefixNode]], pays: Callable[[int, int, int], bool]) -> set[PrefixNode]:
+    """The nodes that are worth a read of their own; the others are to be folded into what branches off them.
+
+    `pays(branches, tokens, nodes)` is asked from the leaves to the root. Where a node is folded, everything that
+    branches off it branches off its parent, so a parent may pay whose children do not. `nodes`: those of the level.
+    """
+    chosen: set[PrefixNode] = set()
+    branches: dict[PrefixNode, int] = {}
+    for level in reversed(levels):
+        for node in level:
+            below = [1 if child in chosen else branches[child] for child in node.children]
+            branches[node] = len(node.own_rows) + sum(below)
+            if pays(branches[node], len(node.tokens), len(level)):
+                chosen.add(node)
+    return chosen
+
+
+def common_length(texts: Sequence[list[int]]) -> int:
     """Tokens that all texts begin with. What the least and the greatest of them share, all share."""
-    first, last = cast(Any, min(texts)), cast(Any, max(texts))
-    return len(os.path.commonprefix([first, last]))
+    return len(os.path.commonprefix([min(texts), max(texts)]))

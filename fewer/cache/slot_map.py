@@ -43,6 +43,7 @@ class SlotMap:
         self.capacity = capacity = self.bounded(capacity)
         self.device = device
         self.counts = [0] * batch  # committed slots
+        self.starts = [0] * batch  # position at which each row's text begins here: what is before lies elsewhere
         self.pending: list[int] = [0] * batch  # slots of the step under way
         self.table = torch.zeros(batch, capacity, dtype=torch.int64, device=device)  # position of each slot
 
@@ -173,8 +174,8 @@ class SlotMap:
         some that it may see, because they were evicted."""
         live = self.table[row, : self.counts[row]]
         count = int((live < position).sum())
-        if self.window is not None and count < position:
-            visible = position - max(self.sinks, position - self.window + 1)
+        if self.window is not None and count < position - self.starts[row]:
+            visible = position - max(self.sinks, self.starts[row], position - self.window + 1)
             if count - self.sinks < visible:
                 raise FewerError(
                     f"cannot go back to {position} tokens: the window's tokens before that are no longer stored; go "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fewer.engine.runner import Runner
 from fewer.errors import UsageError
 from fewer.model.step import Step
-from fewer.slots import DraftTree, KVCache
+from fewer.slots import DraftTree, KVCache, SharingCache
 
 AHEAD = 256  # tokens that `greedy` makes room for at once
 
@@ -32,7 +33,23 @@ class Session:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Feed each row's tokens in chunks -> logits after each row's last token [B, V] float32."""
-        return self._feed([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts])
+        rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
+        if min(map(len, rows)) == 0:
+            raise UsageError("a prompt is empty: give at least one token")
+        held = self._feed_shared(rows)
+        return self._feed([row[n:] for row, n in zip(rows, held, strict=True)])
+
+    def _feed_shared(self, rows: list[Tensor]) -> list[int]:
+        """Feed once what several prompts begin with -> how many tokens of each prompt its row holds now."""
+        if not isinstance(self.cache, SharingCache):
+            return [0] * len(rows)
+        self._check_context([len(row) for row in rows])
+        before = self.lengths
+        with closing(self.cache.shared_runs([row.tolist() for row in rows])) as runs:
+            for cache, texts in runs:
+                level = Session(self.runner, cache, self.context_length)
+                level._feed([torch.tensor(text, dtype=torch.int64) for text in texts])
+        return [now - then for now, then in zip(self.lengths, before, strict=True)]
 
     def prefill_embeddings(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Feed soft tokens [n, d] instead of tokens -> logits [B, V] float32."""
@@ -145,14 +162,17 @@ class Session:
                 self.cache.truncate(row, length)
 
     def _make_room(self, new: Sequence[int]) -> None:
+        self._check_context(new)
+        # Padding reaches as far as the longest row's start plus the widest row.
+        self.cache.reserve(max(self.cache.physical_lengths) + max(new))
+
+    def _check_context(self, new: Sequence[int]) -> None:
         wanted = max(length + n for length, n in zip(self.lengths, new, strict=True))
         if not self.cache.renumbers and wanted > self.context_length:
             raise UsageError(
                 f"{wanted} tokens do not fit the model's context of {self.context_length}: shorten the prompt or "
                 "generate less"
             )
-        # Padding reaches as far as the longest row's start plus the widest row.
-        self.cache.reserve(max(self.cache.physical_lengths) + max(new))
 
 
 def ancestors(parents: Sequence[Sequence[int]], width: int) -> Tensor:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fewer.cache.prefix_tree import PrefixNode, common_length, prefix_levels
+from fewer.cache.prefix_tree import PrefixNode, common_length, prefix_levels, worthwhile
 
 
 def shape(levels: list[list[PrefixNode]]) -> list[list[tuple[int, int, list[int]]]]:
@@ -22,7 +22,7 @@ def test_two_levels_and_a_row_that_shares_nothing() -> None:
     root, (left, right) = levels[0][0], levels[1]
     assert root.tokens == few_shot and left.tokens == first and right.tokens == second
     assert root.children == [left, right] and left.parent is right.parent is root and root.parent is None
-    assert root.branches == 2 and left.branches == 2 and left.own_rows == [0, 3] and root.own_rows == []
+    assert left.own_rows == [0, 3] and right.own_rows == [2, 4] and root.own_rows == []
 
 
 def test_one_prompt_for_many_completions_leaves_each_row_its_last_token() -> None:
@@ -81,3 +81,20 @@ def test_random_trees_spell_their_rows() -> None:
             others = [prompt[:-1] for other, prompt in enumerate(prompts) if other != row]
             longest = max((common_length([prompt[:-1], other]) for other in others), default=0)
             assert len(text) == longest
+
+
+def test_a_node_pays_by_what_branches_off_it() -> None:
+    """Where the children do not pay, their rows branch off the root."""
+    prompts = [[1, 2, 3, 0], [1, 2, 3, 1], [1, 4, 5, 0], [1, 4, 5, 1], [1, 4, 5, 2]]
+    levels = prefix_levels(prompts)
+    (root,), (left, right) = levels
+    asked: list[tuple[int, int, int]] = []
+
+    def pays(branches: int, tokens: int, nodes: int) -> bool:
+        asked.append((branches, tokens, nodes))
+        return branches > 2
+
+    assert worthwhile(levels, pays) == {root, right}
+    assert asked == [(2, 2, 2), (3, 2, 2), (3, 1, 1)]
+    assert worthwhile(levels, lambda *_: True) == {root, left, right}
+    assert worthwhile(levels, lambda *_: False) == set()
