@@ -48,11 +48,22 @@ def gemv_blocks(kind: str, rows: int, columns: int, gated: bool) -> Blocks:
     return Blocks(2 if gated else 4, whole, 16, resident=1) if whole <= 16384 else Blocks(8, 2048, 2)
 
 
-def rows_blocks(kind: str, count: int, rows: int, columns: int) -> Blocks:
-    """Block sizes for 2 and more rows of x."""
-    whole = max(32, 1 << (columns - 1).bit_length())
-    if kind == "int4":
-        return Blocks(32, min(256, whole), 2, 4)
-    if kind == "int8":
-        return Blocks(32, min(128, whole), 4, 5)
-    return Blocks(64, min(128 if rows > 8192 else 256, whole), 4, 4 if rows > 8192 else 3)
+SHARED = 200_000  # bytes of shared memory that the loop of `matmul_rows` may take on Hopper
+
+
+def rows_tile(count: int) -> int:
+    """Rows of x that one program multiplies (BLOCK_M), of `count`."""
+    return max(16, min(64, 1 << (count - 1).bit_length()))
+
+
+def rows_blocks(kind: str, count: int, rows: int, columns: int, gated: bool, itemsize: int) -> Blocks:
+    """Block sizes for 2 and more rows of x; `itemsize`: bytes of one number of x, and of a dense matrix."""
+    if kind == "dense":
+        tile, width, warps, stages = (64, 128, 4, 4) if rows > 8192 else (64, 256, 4, 3)
+    else:
+        tile, width, warps, stages = (32, 256, 2, 4) if kind == "int4" else (32, 128, 4, 5)
+    width = min(width, max(32, 1 << (columns - 1).bit_length()))
+    stored = {"dense": float(itemsize), "int8": 1.0, "int4": 0.5}[kind] * tile * (2 if gated else 1)
+    while width > 32 and stages * width * (stored + itemsize * rows_tile(count)) > SHARED:
+        width //= 2
+    return Blocks(tile, width, warps, stages)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewer.kernels.triton.block_sizes import Blocks, gemv_blocks, rows_blocks
+from fewer.kernels.triton.block_sizes import Blocks, gemv_blocks, rows_blocks, rows_tile
 from fewer.kernels.triton.gemv import gemv_dense, gemv_int8
 from fewer.kernels.triton.gemv_int4 import gemv_int4, gemv_int4_long
 from fewer.kernels.triton.matmul import dequantize_int4, dequantize_int8, matmul_rows, prepare_rows
@@ -84,9 +84,10 @@ def multiply(
             *interpreted, num_warps=blocks.warps, **launch,
         )  # fmt: skip
         return out
-    blocks = blocks or rows_blocks(matrix.kind, count, size, columns)
     ready, inverse, sums = prepared(x, matrix, fused, pdl)
-    block_m = max(16, min(64, 1 << (count - 1).bit_length()))
+    gated = fused.activation != "none"
+    blocks = blocks or rows_blocks(matrix.kind, count, size, columns, gated, ready.element_size())
+    block_m = rows_tile(count)
     grid = (-(-size // blocks.rows), -(-count // block_m))
     width = max(blocks.columns, matrix.group_size) if matrix.kind == "int4" else blocks.columns
     precision = "ieee" if matrix.codes.dtype == torch.float32 else "tf32"
