@@ -46,10 +46,12 @@ class KVCache(Protocol):
     What a step appends is tentative until `commit`. `layers[i].attend` is all that the network sees.
     """
 
-    layers: Sequence[LayerCache]
     slack: int | None  # tokens that can always be taken back; None: any number, 0: none. A class says it for any model
     keys_rotated: bool  # keys are stored turned to their positions; False: they are turned whenever they are read
     renumbers: bool  # positions count what the cache holds, so the text may outgrow the model's context
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
 
     @property
     def max_step(self) -> int | None:
@@ -86,6 +88,16 @@ class KVCache(Protocol):
 
     def reserve(self, tokens: int) -> None:
         """Make room for this many tokens a row in all, or raise a FewerError."""
+        ...
+
+
+@runtime_checkable
+class CorrectedCache(Protocol):
+    """A KVCache that generated tokens fill with keys of sparse passes, and that wants them computed again now and then.
+    The session asks before every pass over generated tokens."""
+
+    def due(self) -> list[list[int]] | None:
+        """The last tokens of each row that are to be fed again as a prompt, from where they stand; None: none now."""
         ...
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewer.engine.runner import Runner
 from fewer.errors import UsageError
 from fewer.model.step import Step
-from fewer.slots import DraftTree, KVCache, SharingCache
+from fewer.slots import CorrectedCache, DraftTree, KVCache, SharingCache
 
 AHEAD = 256  # tokens that `greedy` makes room for at once
 
@@ -33,9 +33,7 @@ class Session:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Feed each row's tokens in chunks -> logits after each row's last token [B, V] float32."""
-        rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
-        if min(map(len, rows)) == 0:
-            raise UsageError("a prompt is empty: give at least one token")
+        rows = _not_empty([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts])
         held = self._feed_shared(rows)
         return self._feed([row[n:] for row, n in zip(rows, held, strict=True)])
 
@@ -53,12 +51,11 @@ class Session:
 
     def prefill_embeddings(self, embeddings: Sequence[Tensor]) -> Tensor:
         """Feed soft tokens [n, d] instead of tokens -> logits [B, V] float32."""
-        return self._feed(list(embeddings))
+        return self._feed(_not_empty(list(embeddings)))
 
     def _feed(self, rows: list[Tensor]) -> Tensor:
+        """Logits of the rows that bring something."""
         sizes = [len(row) for row in rows]
-        if min(sizes) == 0:
-            raise UsageError("a prompt is empty: give at least one token")
         self._make_room(sizes)
         start, device = self.lengths, self.runner.device
         chunk = min(self.runner.chunk, self.cache.max_step or self.runner.chunk)
@@ -87,6 +84,7 @@ class Session:
 
     def decode(self, tokens: Sequence[int] | Tensor, active: Sequence[bool] | None = None) -> Tensor:
         """Feed one token a row -> logits [B, V] float32. Rows that are not active are left as they were."""
+        self._correct()
         lengths = self.lengths
         self.passes += 1
         if len(lengths) == 1 and (active is None or active[0]):
@@ -126,6 +124,7 @@ class Session:
 
         Nothing is committed until `commit`.
         """
+        self._correct()
         new = [0 if tree is None else len(tree.tokens) for tree in trees]
         width, device = max(new), self.runner.device
         self._make_room(new)
@@ -161,6 +160,15 @@ class Session:
             if length < self.lengths[row]:
                 self.cache.truncate(row, length)
 
+    def _correct(self) -> None:
+        """Feed again, as prompts, the last tokens whose keys the cache no longer wants as they are."""
+        if not isinstance(self.cache, CorrectedCache):
+            return
+        texts = self.cache.due()
+        if texts is not None:
+            self.rollback([length - len(text) for length, text in zip(self.lengths, texts, strict=True)])
+            self._feed([torch.tensor(text, dtype=torch.int64) for text in texts])
+
     def _make_room(self, new: Sequence[int]) -> None:
         self._check_context(new)
         # Padding reaches as far as the longest row's start plus the widest row.
@@ -173,6 +181,12 @@ class Session:
                 f"{wanted} tokens do not fit the model's context of {self.context_length}: shorten the prompt or "
                 "generate less"
             )
+
+
+def _not_empty(prompts: list[Tensor]) -> list[Tensor]:
+    if min(map(len, prompts)) == 0:
+        raise UsageError("a prompt is empty: give at least one token")
+    return prompts
 
 
 def ancestors(parents: Sequence[Sequence[int]], width: int) -> Tensor:

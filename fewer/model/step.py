@@ -56,4 +56,5 @@ class LayerCache(Protocol):
 
 
 class LayerCaches(Protocol):
-    layers: Sequence[LayerCache]
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...

@@ -27,9 +27,12 @@ def own_path(method: str, model: str, fingerprint: str) -> Path:
 
 
 def with_adapters(choices: Mapping[Slot, Choice], checkpoint: Checkpoint) -> dict[Slot, Choice]:
-    """The choices, each method that is fitted together with its adapter for this model. Raises CheckpointError."""
+    """The choices, each method that is fitted together with its adapter for this model. A config whose `wants_adapter`
+    is false says all there is to know by itself. Raises CheckpointError."""
     return {
-        slot: choice if choice.method.fit is None else choice.with_adapter(find_adapter(choice, checkpoint))
+        slot: choice.with_adapter(find_adapter(choice, checkpoint))
+        if choice.method.fit is not None and getattr(choice.config, "wants_adapter", True)
+        else choice
         for slot, choice in choices.items()
     }
 

@@ -1,0 +1,151 @@
+"""Quest: every layer guesses from the bounds of each page's keys which pages matter to the query, and reads those.
+
+Paper: Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774.
+Differs from the paper: models with grouped queries work (its code has none), with a set of pages for each query head
+or, on request, one for the heads that share keys; the newest page always is among those chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.cache.page_statistics import Arrivals, PageStatistics, choose_pages
+from fewer.cache.selected import (
+    SelectedCache,
+    SelectedLayer,
+    Selection,
+    Sets,
+    check_budget,
+    check_start,
+    queries_of,
+    selecting_layers,
+)
+from fewer.cache.slot_map import SlotMap, StepPlan
+from fewer.errors import UsageError
+from fewer.model.config import ModelConfig
+from fewer.slots import method
+
+
+@dataclass(frozen=True)
+class QuestConfig:
+    budget: int = 1024  # tokens that a query head attends to, a whole number of pages
+    page_size: int = 16  # tokens a page
+    start: int = 2  # first layers that read everything
+    sets: Sets = "query-head"  # a set for each query head, or one for those of a key head together
+
+    def __post_init__(self) -> None:
+        check_budget("quest", self.budget)
+        check_start("quest", self.start)
+        if self.page_size < 1:
+            raise UsageError(f"quest: page_size={self.page_size} is not allowed: use 1 token or more")
+        if self.budget % self.page_size:
+            raise UsageError(
+                f"quest: budget={self.budget} is not a whole number of pages of {self.page_size} tokens: use a "
+                "multiple of page_size"
+            )
+
+
+class QuestLayer(SelectedLayer):
+    """Keeps the bounds of its pages with its keys, and reads the pages that promise most."""
+
+    cache: QuestCache
+
+    def __init__(self, cache: QuestCache, index: int, slots: SlotMap, member: int):
+        super().__init__(cache, index, slots, renumber=False)
+        self.member = member  # its number among the layers with bounds
+
+    def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
+        settings, size = self.cache.settings, self.cache.settings.page_size
+        seen = selection.own + 1  # a query's own token is the last that it may see, also in a tree
+        bounds = self.cache.statistics.upper_bounds(self.member, queries_of(q), selection.rows, seen)
+        if settings.sets == "key-head":
+            bounds = bounds.unflatten(1, (self.keys.shape[1], -1)).amax(2)
+        pages = choose_pages(bounds, seen, size, settings.budget // size)  # [B·T, H or Hk, K]
+        slots = pages[..., None] * size + torch.arange(size, dtype=torch.int32, device=pages.device)
+        return torch.where(pages[..., None] >= 0, slots, -1).flatten(2)
+
+    def _store(self, k: Tensor, v: Tensor, plan: StepPlan) -> None:
+        super()._store(k, v, plan)
+        rows, columns, arrivals = self.cache.arrivals(plan)
+        self.cache.statistics.add(self.member, k[rows, :, columns], arrivals)
+
+
+@method("quest", slot="cache", paper="2406.10774", lossless=False, config=QuestConfig)
+class QuestCache(SelectedCache):
+    """Every layer from `start` on attends to the `budget // page_size` pages with the highest bounds."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: QuestConfig = QuestConfig(),
+    ):
+        self.settings = settings
+        members = selecting_layers(config, settings.start)
+
+        def make_layer(cache: SelectedCache, index: int, slots: SlotMap) -> QuestLayer | None:
+            return QuestLayer(self, index, slots, members.index(index)) if index in members else None
+
+        super().__init__("quest", config, batch, capacity, dtype, device, settings.budget, make_layer)
+        slots, size = self.everything.capacity, settings.page_size
+        shape = len(members), batch, config.kv_heads, config.head_dim
+        self.statistics = PageStatistics(*shape, slots, size, dtype, device)
+        self._arrivals: tuple[StepPlan, tuple[Tensor, Tensor, Arrivals]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.statistics.nbytes
+
+    def arrivals(self, plan: StepPlan) -> tuple[Tensor, Tensor, Arrivals]:
+        """Row and place in the step of each of the N new tokens (padding is none), [N] int64, and where they go."""
+        if self._arrivals is None or self._arrivals[0] is not plan:
+            new = torch.tensor(self.everything.pending, device=self.device)
+            counts = torch.tensor(self.everything.counts, device=self.device)
+            width = torch.arange(plan.step.positions.shape[1], device=self.device)
+            rows, columns = (width < new[:, None]).nonzero().unbind(1)
+            self._arrivals = plan, (rows, columns, self.statistics.place(rows, counts[rows] + columns))
+        return self._arrivals[1]
+
+    def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
+        before = list(self.everything.counts)
+        whole = [choice if isinstance(choice, int) else len(choice) for choice in kept] == self.everything.pending
+        super().commit(kept)
+        if not whole:
+            self._rebuild(before)
+
+    def truncate(self, row: int, length: int) -> None:
+        super().truncate(row, length)
+        before = list(self.everything.counts)
+        before[row] = max(0, length - 1)
+        self._rebuild(before)
+
+    def reserve(self, tokens: int) -> None:
+        super().reserve(tokens)
+        if self.everything.capacity > self.statistics.page_size:
+            self.statistics.grow(self.batch, self.everything.capacity)
+
+    def _drop_tentative(self) -> None:
+        failed = self._tentative
+        super()._drop_tentative()
+        if failed:
+            self._rebuild([max(0, count - 1) for count in self.everything.counts])
+
+    def _rebuild(self, since: Sequence[int]) -> None:
+        """Slots from since[b] on have lost tokens or hold others: bounds of the pages with what is left there."""
+        size = self.settings.page_size
+        touched = [
+            (row, page, min(size, count - page * size))
+            for row, (start, count) in enumerate(zip(since, self.everything.counts, strict=True))
+            for page in range(start // size, -(-count // size))
+        ]
+        if touched:
+            rows, pages, counts = torch.tensor(touched, device=self.device).unbind(1)
+            keys = [layer.keys for layer in self.layers if isinstance(layer, QuestLayer)]
+            self.statistics.rebuild(keys, rows, pages, counts)

@@ -1,0 +1,70 @@
+"""Random keys: every layer attends to its newest token and others drawn by lot; what a selection must beat.
+
+Paper: none; the lower bound that TidalDecode, arXiv 2410.05076, compares with. Sets depend on the seed, the layer and
+the token's slot alone, so every run of a text draws the same ones.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewer.cache.selected import SelectedCache, SelectedLayer, Selection, check_budget, check_start
+from fewer.model.config import ModelConfig
+from fewer.slots import method
+
+
+@dataclass(frozen=True)
+class RandomTopkConfig:
+    budget: int = 256  # tokens that a query head attends to, the newest included
+    start: int = 2  # first layers that read everything
+    seed: int = 0  # of the draws
+
+    def __post_init__(self) -> None:
+        check_budget("random-topk", self.budget)
+        check_start("random-topk", self.start)
+
+
+class RandomLayer(SelectedLayer):
+    cache: RandomTopkCache
+
+    def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
+        """The older tokens of every query head are drawn without replacement."""
+        settings, heads = self.cache.settings, q.shape[1]
+        slots = torch.full((len(selection.own), heads, settings.budget), -1, dtype=torch.int32)
+        for query, own in enumerate(selection.own.tolist()):
+            lot = random.Random(f"{settings.seed}/{self.index}/{own}").getrandbits(62)
+            generator = torch.Generator().manual_seed(lot)
+            drawn = min(settings.budget - 1, own)
+            slots[query, :, :drawn] = torch.rand(heads, own, generator=generator).topk(drawn).indices.int()
+            slots[query, :, -1] = own
+        return slots.to(q.device)
+
+
+@method("random-topk", slot="cache", lossless=False, config=RandomTopkConfig)
+class RandomTopkCache(SelectedCache):
+    """Every layer from `start` on attends to `budget` tokens that say nothing about the query."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: RandomTopkConfig = RandomTopkConfig(),
+    ):
+        self.settings = settings
+        super().__init__(
+            "random-topk",
+            config,
+            batch,
+            capacity,
+            dtype,
+            device,
+            settings.budget,
+            lambda cache, index, slots: RandomLayer(cache, index, slots, False) if index >= settings.start else None,
+        )
