@@ -129,28 +129,44 @@ class ContiguousCache(KVCache, Protocol):
 
 
 class Place(NamedTuple):
-    """Where the layers of one kind put a single row's new tokens, and what these see of the older ones."""
+    """Where the heads of one kind put a single row's new tokens, and what these see of the older ones."""
 
     slot: int  # of the first; the others follow
+    stop: int  # behind the last slot in use, the new ones included
     first: Sequence[int]  # for each new token, the first slot that it sees …
-    sinks: int  # … beside slots 0..sinks-1
+    sinks: int = 0  # … beside slots 0..sinks-1
+
+
+class Placement(NamedTuple):
+    """A step's tokens in the stores of a `Layout`."""
+
+    places: Sequence[Place]  # one a store
+    slots: Tensor | None = None  # [L, Hk] int32: each head's own slot for the only token, in place of `slot`
+    weights: Tensor | None = None  # [L, H, width] float32, to be filled with the only token's attention to each slot;
+    # width is a multiple of 16, and what lies behind `stop` is undefined
+
+
+class Layout(NamedTuple):
+    """Where a single row's keys and values lie: heads are of a few kinds, and each kind has a store."""
+
+    stores: Sequence[tuple[Tensor, Tensor]]  # keys (rotated) and values, of equal strides; a head's slots are rows of D
+    homes: Tensor  # [L, Hk, 2] int64: the head's kind, and elements from the store's beginning to the head's first slot
 
 
 class PlacedCache(KVCache, Protocol):
-    """A cache that lets a fast path write the keys and values of a single row into its pools, windows or not."""
+    """A cache that lets a fast path write the keys and values of a single row into its stores, windows or not."""
 
-    pools: list[Tensor]  # one a kind of layer: [L, 2 (keys, values), 1, Hk, capacity, D], keys rotated
-    homes: Sequence[tuple[int, int]]  # of each layer: its kind, and its index among the layers of that kind
+    layout: Layout  # another object whenever a tensor was replaced
 
     def can_place(self, tokens: int) -> bool:
         """Whether the next `tokens` of the row can be placed; it may change from step to step."""
         ...
 
-    def place_one(self, position: int) -> list[Place]:
-        """Commit one token whose keys and values the caller stores; a place for each kind of layer."""
+    def place_one(self, position: int) -> Placement:
+        """Commit one token whose keys and values the caller stores."""
         ...
 
-    def place(self, step: Step) -> list[Place]:
+    def place(self, step: Step) -> Placement:
         """Place a step's tokens likewise; they are tentative until `commit`."""
         ...
 

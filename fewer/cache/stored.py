@@ -12,7 +12,7 @@ from fewer.kernels.attention import attend, attention, merge
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import Place
+from fewer.slots import Layout, Place, Placement
 
 
 class StoredLayer:
@@ -141,16 +141,16 @@ class StoredCache:
             StoredLayer(self, index, kinds[kind], renumber)
             for index, kind in enumerate(zip(windows, sinks, strict=True))
         ]
+        self.homes = [  # of each layer: its kind, and its place among the layers of that kind
+            (self.maps.index(layer.slots), sum(other.slots is layer.slots for other in self.layers[:index]))
+            for index, layer in enumerate(self.layers)
+        ]
         self.pools: list[Tensor] = []  # one a kind: [layers, 2 (keys, values), B, Hk, capacity, D]
         for slots in self.maps:
             members = sum(layer.slots is slots for layer in self.layers)
             shape = (members, 2, batch, config.kv_heads, slots.capacity, config.head_dim)
             self.pools.append(torch.zeros(shape, dtype=dtype, device=device))
         self._point_layers()
-        self.homes = [
-            (self.maps.index(layer.slots), sum(other.slots is layer.slots for other in self.layers[:index]))
-            for index, layer in enumerate(self.layers)
-        ]
         self.skips = False  # some token skipped some layer
         self.committed = [0] * batch
         self._tentative = 0  # width of a step that is not committed yet
@@ -242,7 +242,7 @@ class StoredCache:
             and all(slots.window is None or tokens <= slots.window for slots in self.maps)
         )
 
-    def place_one(self, position: int) -> list[Place]:
+    def place_one(self, position: int) -> Placement:
         """Commit one token of the single row, which a fast path stores itself; a place for each kind of layer."""
         places = []
         for slots in self.maps:
@@ -251,11 +251,11 @@ class StoredCache:
             slots.table[0, slot] = position
             slots.counts[0] = slot + 1
             first = 0 if slots.window is None else max(0, slot + 1 - slots.window)
-            places.append(Place(slot, (first,), slots.sinks))
+            places.append(Place(slot, slot + 1, (first,), slots.sinks))
         self.committed[0] += 1
-        return places
+        return Placement(places)
 
-    def place(self, step: Step) -> list[Place]:
+    def place(self, step: Step) -> Placement:
         """The same for a step's tokens, which are tentative until `commit`."""
         self._drop_tentative()
         positions, places = step.positions[0].tolist(), []
@@ -264,9 +264,9 @@ class StoredCache:
             slot = slots.reserve_row(step.positions)
             ahead = slot - self.committed[0] + 1  # from a position to the slot behind its own
             first = [0 if slots.window is None else max(0, at + ahead - slots.window) for at in positions]
-            places.append(Place(slot, first, slots.sinks))
+            places.append(Place(slot, slot + len(positions), first, slots.sinks))
         self._tentative, self._step = len(positions), None
-        return places
+        return Placement(places)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on. Raises FewerError where a window's tokens before it are
@@ -296,23 +296,32 @@ class StoredCache:
 
     def reserve(self, tokens: int) -> None:
         """Grow every unbounded kind of layer to hold this many tokens a row."""
-        for kind, slots in enumerate(self.maps):
-            if slots.bounded(tokens) <= slots.capacity:
-                continue
-            extra = slots.bounded(max(tokens, slots.capacity * 5 // 4 + 64)) - slots.capacity
-            slots.table = torch.nn.functional.pad(slots.table, (0, extra))
-            slots.capacity += extra
-            self.pools[kind] = torch.nn.functional.pad(self.pools[kind], (0, 0, 0, extra))
-            for layer in self.layers:
-                if layer.slots is slots and layer.absent is not None:
-                    layer.absent = torch.nn.functional.pad(layer.absent, (0, extra))
+        for slots in self.maps:
+            self._reserve(slots, tokens)
         self._point_layers()
 
+    def _reserve(self, slots: SlotMap, tokens: int) -> None:
+        """Grow one kind."""
+        kind = self.maps.index(slots)
+        if slots.bounded(tokens) <= slots.capacity:
+            return
+        extra = slots.bounded(max(tokens, slots.capacity * 5 // 4 + 64)) - slots.capacity
+        slots.table = torch.nn.functional.pad(slots.table, (0, extra))
+        slots.capacity += extra
+        self.pools[kind] = torch.nn.functional.pad(self.pools[kind], (0, 0, 0, extra))
+        for layer in self.layers:
+            if layer.slots is slots and layer.absent is not None:
+                layer.absent = torch.nn.functional.pad(layer.absent, (0, extra))
+
     def _point_layers(self) -> None:
-        for slots, pool in zip(self.maps, self.pools, strict=True):
-            members = [layer for layer in self.layers if layer.slots is slots]
-            for layer, (keys, values) in zip(members, pool, strict=True):
-                layer.keys, layer.values = keys, values
+        """Layers and the layout look into the pools."""
+        homes = torch.empty(len(self.layers), self.config.kv_heads, 2, dtype=torch.int64)
+        for layer, (kind, member) in zip(self.layers, self.homes, strict=True):
+            pool = self.pools[kind]
+            layer.keys, layer.values = pool[member]
+            homes[layer.index, :, 0] = kind
+            homes[layer.index, :, 1] = member * pool.stride(0) + torch.arange(self.config.kv_heads) * pool.stride(3)
+        self.layout = Layout([(pool[:, 0], pool[:, 1]) for pool in self.pools], homes)
 
     def _move(self, slots: SlotMap, moves: Tensor) -> None:
         for layer in self.layers:

@@ -25,7 +25,7 @@ from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import KVCache, Place, PlacedCache
+from fewer.slots import KVCache, Layout, PlacedCache, Placement
 
 KINDS = {torch.float32: c.FLOAT32, torch.bfloat16: c.BFLOAT16}
 
@@ -62,7 +62,8 @@ class NativeDecoder:
         assert isinstance(code, ctypes.CDLL)
         self.decode = code.fewer_decode
         self.model, self.config = model, model.config
-        self.homes: Sequence[tuple[int, int]] = ()  # of the layers, in the cache that ran last
+        self.layout: Layout | None = None  # of the cache that ran last
+        self.homes = torch.empty(0)  # [L · Hk, 2] int64, the `Home` of each head
         self.held: list[Any] = []  # what the structures point at
         self.step = c.Step(model=ctypes.pointer(self._describe()))
         self.shared_size = code.fewer_shared_size
@@ -74,7 +75,7 @@ class NativeDecoder:
     def accepts(self, cache: KVCache, tokens: int = 1) -> bool:
         """Whether this cache's next tokens can be placed."""
         placed = cast(PlacedCache, cache)
-        return hasattr(cache, "can_place") and placed.can_place(tokens) and len(placed.pools) <= c.KINDS_OF_LAYER
+        return hasattr(cache, "can_place") and placed.can_place(tokens) and len(placed.layout.stores) <= c.MOST_KINDS
 
     def room(self, cache: KVCache) -> int | None:
         """How many tokens that holds for; None: any number."""
@@ -131,7 +132,7 @@ class NativeDecoder:
         self,
         tokens: Sequence[int],
         positions: Sequence[int],
-        places: Sequence[Place],
+        placement: Placement,
         sees: Sequence[int],
         cache: PlacedCache,
         logits: Tensor,
@@ -139,25 +140,35 @@ class NativeDecoder:
         """Tokens that the cache has placed. `sees[i]`: bit j says that token i sees token j."""
         step, rows = self.step, len(tokens)
         step.rows, step.token[:rows], step.logits = rows, tokens, logits.data_ptr()
-        self._reserve(rows, max(place.slot + rows for place in places))
+        self._reserve(rows, max(place.stop for place in placement.places))
         turns = []  # kept until the call is over
         for index, rotary in enumerate(self.rotaries):
-            table = rotary.table(max(positions) + 1, self.logits.device)
+            table = rotary.table(max(positions) + 1, logits.device)
             turns.append(table[list(positions)] if rows > 1 else table[positions[0]])
             step.turns[index] = turns[-1].data_ptr()
-        if cache.homes is not self.homes:
-            self.homes = cache.homes
-            for layer, home in zip(self.layers, self.homes, strict=True):
-                layer.kind, layer.index = home
-        for store, pool, place in zip(step.store, cache.pools, places, strict=False):
-            size, visible = pool.element_size(), store.visible
-            store.pool = pool.data_ptr()
-            store.layer, store.value, store.head = (pool.stride(axis) * size for axis in (0, 1, 3))
-            visible.start, visible.count, visible.sinks = place.slot, rows, place.sinks
+        if cache.layout is not self.layout:
+            self._lay_out(cache.layout)
+        step.slots = None if placement.slots is None else placement.slots.data_ptr()
+        step.weights = None if placement.weights is None else placement.weights.data_ptr()
+        step.width = 0 if placement.weights is None else placement.weights.stride(1)
+        for store, place in zip(step.store, placement.places, strict=False):
+            visible = store.visible
+            visible.start, visible.count, visible.stop, visible.sinks = place.slot, rows, place.stop, place.sinks
             for row, (first, bits) in enumerate(zip(place.first, sees, strict=True)):
                 visible.first[row], visible.sees[row] = first, bits
         outcome = self.decode(ctypes.byref(step), torch.get_num_threads())
         assert outcome == 0, f"the native step refused {rows} rows"
+
+    def _lay_out(self, layout: Layout) -> None:
+        """Point the step at a cache's stores."""
+        self.layout, step = layout, self.step
+        for kind in range(c.MOST_KINDS):
+            step.store[kind].keys = None
+        for store, (keys, values) in zip(step.store, layout.stores, strict=False):
+            store.keys, store.values = keys.data_ptr(), values.data_ptr() - keys.data_ptr()
+        kinds, elements = layout.homes.flatten(0, 1).unbind(1)
+        self.homes = torch.stack((elements * layout.stores[0][0].element_size(), kinds), dim=1).contiguous()
+        step.homes = self.homes.data_ptr()
 
     def _reserve(self, rows: int, keys: int) -> None:
         if rows > self.room_for[0] or keys > self.room_for[1]:

@@ -14,8 +14,9 @@ typedef struct {
 
 typedef struct {  // the new tokens among the slots of a store, and what each of them sees
     int32_t start, count;        // their slots: start..start+count-1
+    int32_t stop;                // behind the last slot in use
     int32_t sinks;               // slots 0..sinks-1 are visible to all
-    int32_t first[MOST_ROWS];    // then slots first[row]..start-1
+    int32_t first[MOST_ROWS];    // then slots first[row]..stop-1, the new ones aside
     uint32_t sees[MOST_ROWS];    // and of the new tokens those whose bit is set
 } Visible;
 
@@ -86,14 +87,14 @@ static void score(const Heads *heads, const Queries *queries, const char *keys, 
     }
 }
 
-// Hides what a query does not see, where the slots from `first` on hold anything that some query does not.
+// Hides what a query does not see among the slots from `first` on.
 static void hide(const Visible *visible, const Queries *queries, int first, int count, float (*scores)[KEYS_AT_ONCE]) {
     for (int each = 0; each < queries->count; each++) {
         const int row = each / queries->group, from = visible->first[row];
         if (first >= from && first + count <= visible->start) continue;
         for (int i = 0; i < count; i++) {
-            const int slot = first + i, fresh = slot - visible->start;
-            const int seen = fresh >= 0 ? (int)(visible->sees[row] >> fresh & 1) : slot >= from || slot < visible->sinks;
+            const int slot = first + i, fresh = slot - visible->start, is_new = fresh >= 0 && fresh < visible->count;
+            const int seen = is_new ? (int)(visible->sees[row] >> fresh & 1) : slot >= from || slot < visible->sinks;
             if (!seen) scores[each][i] = -INFINITY;
         }
     }
@@ -148,9 +149,9 @@ static void gather(const Heads *heads, float *partials, size_t size, int count, 
     }
 }
 
-// One chunk of one KV head, slots start..stop-1 -> partials [queries].
+// One chunk of one KV head, slots start..stop-1 -> partials [queries]; scores too, where `kept` [queries, width] is given.
 static void attend_chunk(const Heads *heads, const Visible *visible, const Queries *queries, const char *keys, const char *values,
-                         int start, int stop, float *partials) {
+                         int start, int stop, float *partials, float *kept, size_t width) {
     const size_t row = row_size(heads), size = partial_size(heads);
     float scores[MOST_QUERIES][KEYS_AT_ONCE];
     for (int each = 0; each < queries->count; each++) {
@@ -162,13 +163,15 @@ static void attend_chunk(const Heads *heads, const Visible *visible, const Queri
         const int count = stop - first < KEYS_AT_ONCE ? stop - first : KEYS_AT_ONCE;
         score(heads, queries, keys + row * first, values + row * first, count, scores);
         hide(visible, queries, first, count, scores);
+        for (int each = 0; kept && each < queries->count; each++)
+            memcpy(kept + each * width + first, scores[each], sizeof(float) * count);
         for (int each = 0; each < queries->count; each++) weigh(partials + each * size, scores[each], count, heads->dim);
         gather(heads, partials, size, queries->count, values + row * first, count, scores);
     }
 }
 
-// partials (of chunk i at partials + i · stride) -> out [dim], all for one query.
-static void merge(const Heads *heads, const float *partials, size_t stride, int chunks, float *out) {
+// partials (of chunk i at partials + i · stride) -> out [dim], all for one query. Returns the log of the sum of e^score.
+static float merge(const Heads *heads, const float *partials, size_t stride, int chunks, float *out) {
     float top = -INFINITY, total = 0;
     for (int i = 0; i < chunks; i++) top = partials[i * stride] > top ? partials[i * stride] : top;
     for (int at = 0; at < heads->dim; at += LANES) store(out + at, splat(0));
@@ -180,4 +183,5 @@ static void merge(const Heads *heads, const float *partials, size_t stride, int 
         for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) + weight * load(partial + HEADER + at));
     }
     for (int at = 0; at < heads->dim; at += LANES) store(out + at, load(out + at) / total);
+    return top + logf(total);
 }

@@ -27,7 +27,7 @@ typedef struct {
 static Chunks chunks_of_store(const Visible *visible, int rows) {
     int lowest = visible->first[0];
     for (int row = 1; row < rows; row++) lowest = visible->first[row] < lowest ? visible->first[row] : lowest;
-    Chunks chunks = {.first = 0, .last = chunks_of(visible->start + visible->count)};
+    Chunks chunks = {.first = 0, .last = chunks_of(visible->stop)};
     while (chunk_start(chunks.first + 1) <= lowest) chunks.first++;
     chunks.sinks = chunks_of(visible->sinks);
     if (chunks.sinks > chunks.first) chunks.sinks = chunks.first;
@@ -38,70 +38,89 @@ static Chunks chunks_of_store(const Visible *visible, int rows) {
 // Slots of the index-th of these chunks.
 static void chunk_range(const Chunks *chunks, const Visible *visible, int index, int *start, int *stop) {
     const int is_sink = index < chunks->sinks, chunk = is_sink ? index : chunks->first + index - chunks->sinks;
-    const int end = is_sink ? visible->sinks : visible->start + visible->count;
+    const int end = is_sink ? visible->sinks : visible->stop;
     *start = chunk_start(chunk);
     *stop = chunk_start(chunk + 1) < end ? chunk_start(chunk + 1) : end;
 }
 
-// This thread's share of one layer's attention -> partials [chunks, rows · heads]; a unit is a chunk of one KV head. Whoever
-// reads a new token's slot writes it first: two threads may write the same bytes there.
-static Chunks attend(const Layer *layer, const Step *step, const float *qkv, int thread, int threads, float *own, float *partials) {
+// q, k and v of every new token, turned and scaled -> out, row i at out + i · stride.
+static void prepare_rows(const Layer *layer, const Step *step, const float *qkv, float *out, size_t stride) {
     const Model *m = step->model;
-    const Heads *heads = &m->heads;
-    const Store *stored = step->store + layer->kind;
-    const Visible *visible = &stored->visible;
-    const int dim = heads->dim, group = heads->heads / heads->kv_heads, rows = step->rows;
-    const size_t row = row_size(heads), size = partial_size(heads), stride = qkv_width(m);
-    char *keys = stored->pool + stored->layer * layer->index, *values = keys + stored->value;
-    const Chunks chunks = chunks_of_store(visible, rows);
-    int64_t all = 0, before = 0;
-    for (int i = 0, start, stop; i < chunks.count; i++) {
-        chunk_range(&chunks, visible, i, &start, &stop);
-        all += stop - start;
+    const int dim = m->heads.dim, heads = m->heads.heads, kv_heads = m->heads.kv_heads;
+    for (int row = 0; row < step->rows; row++, qkv += stride, out += stride) {
+        const float *turn = layer->turn < 0 ? NULL : step->turns[layer->turn] + (size_t)row * m->rotary;
+        const size_t k = (size_t)heads * dim, v = k + (size_t)kv_heads * dim;
+        prepare(m, qkv, heads, layer->q_norm, turn, m->scale, out);
+        prepare(m, qkv + k, kv_heads, layer->k_norm, turn, 1, out + k);
+        prepare(m, qkv + v, kv_heads, NULL, NULL, 1, out + v);
     }
-    all *= heads->kv_heads;
-    int prepared = 0;
-    uint64_t kept[(1 << 12) / 64] = {0};  // KV heads whose new keys and values this thread has written
-    for (int i = 0, start, stop; i < chunks.count; i++) {
-        chunk_range(&chunks, visible, i, &start, &stop);
-        for (int head = 0; head < heads->kv_heads; head++, before += stop - start) {
-            if ((2 * before + stop - start) * threads / (2 * all) != thread) continue;
-            char *own_keys = keys + stored->head * head, *own_values = values + stored->head * head;
-            if (!prepared) {
-                prepared = 1;
-                for (int each = 0; each < rows; each++) {
-                    const float *turn = layer->turn < 0 ? NULL : step->turns[layer->turn] + (size_t)each * m->rotary;
-                    const float *projected = qkv + each * stride;
-                    float *q = own + each * stride, *k = q + heads->heads * dim, *v = k + heads->kv_heads * dim;
-                    prepare(m, projected, heads->heads, layer->q_norm, turn, m->scale, q);
-                    prepare(m, projected + (k - q), heads->kv_heads, layer->k_norm, turn, 1, k);
-                    prepare(m, projected + (v - q), heads->kv_heads, NULL, NULL, 1, v);
-                }
-            }
-            if (stop > visible->start && !(kept[head / 64] >> head % 64 & 1)) {
-                kept[head / 64] |= (uint64_t)1 << head % 64;
-                for (int each = 0; each < rows; each++) {
-                    const float *k = own + each * stride + (heads->heads + head) * dim, *v = k + heads->kv_heads * dim;
-                    keep(heads, k, own_keys + row * (visible->start + each));
-                    keep(heads, v, own_values + row * (visible->start + each));
-                }
-            }
-            Queries queries = {own + head * group * dim, stride, group, rows * group};
-            attend_chunk(heads, visible, &queries, own_keys, own_values, start, stop,
-                         partials + ((size_t)i * heads->kv_heads + head) * rows * group * size);
-        }
-    }
-    return chunks;
 }
 
-// partials [chunks, kv_heads, rows, group] -> out, row i at out + i · stride.
-static void merge_all(const Heads *heads, const float *partials, int chunks, int rows, float *out, size_t stride) {
-    const int group = heads->heads / heads->kv_heads;
-    const size_t size = partial_size(heads), step = size * heads->heads * rows;
-    for (int head = 0; head < heads->kv_heads; head++)
-        for (int row = 0; row < rows; row++)
-            for (int g = 0; g < group; g++, partials += size)
-                merge(heads, partials, step, chunks, out + row * stride + (size_t)(head * group + g) * heads->dim);
+// This thread's share of a layer's attention -> partials, head after head and chunk after chunk: [rows · group] of each. A unit
+// is a chunk of one KV head. Whoever reads a new token's slot writes it first: two threads may write the same bytes there.
+static void attend(int index, const Step *step, const float *qkv, int thread, int threads, float *own, float *partials) {
+    const Model *m = step->model;
+    const Heads *heads = &m->heads;
+    const int dim = heads->dim, group = heads->heads / heads->kv_heads, rows = step->rows;
+    const size_t row = row_size(heads), size = partial_size(heads), stride = qkv_width(m);
+    const Home *homes = step->homes + (size_t)index * heads->kv_heads;
+    Chunks chunks[MOST_KINDS];
+    for (int kind = 0; kind < MOST_KINDS; kind++)
+        if (step->store[kind].keys) chunks[kind] = chunks_of_store(&step->store[kind].visible, rows);
+    int64_t all = 0, before = 0;
+    for (int head = 0, start, stop; head < heads->kv_heads; head++)
+        for (int i = 0; i < chunks[homes[head].kind].count; i++) {
+            chunk_range(&chunks[homes[head].kind], &step->store[homes[head].kind].visible, i, &start, &stop);
+            all += stop - start;
+        }
+    int prepared = 0;
+    for (int head = 0; head < heads->kv_heads; head++) {
+        const Store *stored = step->store + homes[head].kind;
+        const Visible *visible = &stored->visible;
+        char *keys = stored->keys + homes[head].offset, *values = keys + stored->values;
+        const int slot = step->slots ? step->slots[(size_t)index * heads->kv_heads + head] : visible->start;
+        int kept = 0;
+        for (int i = 0, start, stop; i < chunks[homes[head].kind].count; i++, before += stop - start, partials += rows * group * size) {
+            chunk_range(&chunks[homes[head].kind], visible, i, &start, &stop);
+            if ((2 * before + stop - start) * threads / (2 * all) != thread) continue;
+            if (!prepared) prepare_rows(m->layer + index, step, qkv, own, stride);
+            prepared = 1;
+            if (!kept && stop > slot && start < slot + rows) {
+                for (int each = 0; each < rows; each++) {
+                    const float *k = own + each * stride + (size_t)(heads->heads + head) * dim, *v = k + (size_t)heads->kv_heads * dim;
+                    keep(heads, k, keys + row * (slot + each));
+                    keep(heads, v, values + row * (slot + each));
+                }
+                kept = 1;
+            }
+            const Queries queries = {own + (size_t)head * group * dim, stride, group, rows * group};
+            float *scores = step->weights ? step->weights + ((size_t)index * heads->heads + head * group) * step->width : NULL;
+            attend_chunk(heads, visible, &queries, keys, values, start, stop, partials, scores, step->width);
+        }
+    }
+}
+
+// The partials of all heads -> out, row i at out + i · stride; and this thread's heads' scores become weights.
+static void merge_all(int index, const Step *step, const float *partials, int thread, int threads, float *out, size_t stride) {
+    const Heads *heads = &step->model->heads;
+    const int group = heads->heads / heads->kv_heads, rows = step->rows;
+    const size_t size = partial_size(heads), step_over = size * group * rows;
+    int first, last;
+    share(heads->heads, thread, threads, &first, &last);
+    for (int head = 0; head < heads->kv_heads; head++) {
+        const Store *stored = step->store + step->homes[(size_t)index * heads->kv_heads + head].kind;
+        const int chunks = chunks_of_store(&stored->visible, rows).count;
+        for (int each = 0; each < rows * group; each++) {
+            const int query = head * group + each % group;
+            const float total = merge(heads, partials + each * size, step_over, chunks,
+                                      out + (each / group) * stride + (size_t)query * heads->dim);
+            if (!step->weights || query < first || query >= last) continue;
+            float *weights = step->weights + ((size_t)index * heads->heads + query) * step->width;
+            for (int at = 0; at < stored->visible.stop; at += LANES)
+                store(weights + at, exponential(load(weights + at) - splat(total)));
+        }
+        partials += step_over * chunks;
+    }
 }
 
 // The largest logit of a row among this thread's, and whether all of these are finite: best = {index, logit, strangeness}.
@@ -149,9 +168,9 @@ static void decode(void *argument, int thread, int threads) {
         const Layer *layer = m->layer + index;
         product(&layer->qkv, &input, sums, thread, threads, qkv, qkv_stride);
         meet(threads);
-        Chunks chunks = attend(layer, step, qkv, thread, threads, queries, partials);
+        attend(index, step, qkv, thread, threads, queries, partials);
         meet(threads);
-        merge_all(&m->heads, partials, chunks.count, rows, x, wide);
+        merge_all(index, step, partials, thread, threads, x, wide);
         product(&layer->o, &input, sums, thread, threads, block, hidden);
         meet(threads);
         for (int row = 0; row < rows; row++)

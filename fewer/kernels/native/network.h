@@ -11,8 +11,6 @@ typedef struct {
     const float *q_norm, *k_norm;  // NULL where there are none
     Matrix qkv, o, gate_up, down;
     int32_t turn;  // which of the step's rotations, -1: none
-    int32_t kind;  // which of the step's stores
-    int32_t index;  // among the layers of that kind
 } Layer;
 
 typedef struct {
@@ -25,18 +23,29 @@ typedef struct {
     Matrix head;
 } Model;
 
-typedef struct {  // where the keys and values of one kind of layer are: [layers, 2, kv_heads, capacity, dim] of one row
-    char *pool;
-    int64_t layer, value, head;  // bytes from one layer to the next, from keys to values, from a head to the next
+enum { MOST_KINDS = 4 };
+
+typedef struct {  // keys and values of the heads of one kind
+    char *keys;
+    int64_t values;  // bytes from a key to its value
     Visible visible;
 } Store;
+
+typedef struct {  // where one KV head of a layer has its first key
+    int64_t offset;  // bytes from the store's keys
+    int64_t kind;    // which store
+} Home;
 
 typedef struct {
     const Model *model;
     int32_t rows;            // tokens, at most MOST_ROWS
     int32_t token[MOST_ROWS];
-    const float *turns[2];   // cos and sin in pairs of each token's position, [rows, rotary / 2, 2]
-    Store store[2];
+    const float *turns[MOST_KINDS];  // cos and sin in pairs of each token's position, [rows, rotary / 2, 2]
+    Store store[MOST_KINDS];
+    const Home *homes;       // [layers, kv_heads]
+    const int32_t *slots;    // [layers, kv_heads]: where the only token goes, if not to the start of `visible`; or NULL
+    float *weights;          // out: attention of the only token, [layers, heads, width], by slot; or NULL
+    int64_t width;
     float *shared;           // fewer_shared_size floats
     float *logits;           // [rows, vocab]
     float *hidden;           // [rows, d] after the final norm, or NULL

@@ -7,7 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint32, c_vo
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 QK_NORMS = {"none": 0, "head": 1, "all": 2}
-KINDS_OF_LAYER = 2  # stores and rotations of a step
+MOST_KINDS = 4  # stores and rotations of a step
 MOST_ROWS, MOST_QUERIES, WIDEST_HEAD, LANES = 32, 256, 256, 16
 
 
@@ -36,7 +36,7 @@ class Layer(Structure):
             )
         ),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, c_int32) for name in ("turn", "kind", "index")),
+        ("turn", c_int32),
     ]
 
 
@@ -54,14 +54,14 @@ class Model(Structure):
 
 class Visible(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("start", "count", "sinks")),
+        *((name, c_int32) for name in ("start", "count", "stop", "sinks")),
         ("first", c_int32 * MOST_ROWS),
         ("sees", c_uint32 * MOST_ROWS),
     ]
 
 
 class Store(Structure):
-    _fields_ = [("pool", c_void_p), *((name, c_int64) for name in ("layer", "value", "head")), ("visible", Visible)]
+    _fields_ = [("keys", c_void_p), ("values", c_int64), ("visible", Visible)]
 
 
 class Step(Structure):
@@ -69,8 +69,10 @@ class Step(Structure):
         ("model", POINTER(Model)),
         ("rows", c_int32),
         ("token", c_int32 * MOST_ROWS),
-        ("turns", c_void_p * KINDS_OF_LAYER),
-        ("store", Store * KINDS_OF_LAYER),
+        ("turns", c_void_p * MOST_KINDS),
+        ("store", Store * MOST_KINDS),
+        *((name, c_void_p) for name in ("homes", "slots", "weights")),
+        ("width", c_int64),
         *((name, c_void_p) for name in ("shared", "logits", "hidden")),
         ("best", c_int32 * MOST_ROWS),
         ("finite", c_int32),
