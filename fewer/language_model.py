@@ -249,8 +249,8 @@ class LanguageModel:
 
 
 def _with_adapters(choices: Mapping[Slot, Choice], checkpoint: Checkpoint) -> Mapping[Slot, Choice]:
-    """The choices, with what was learnt for those that learn. Nothing of `training/` is imported for the others."""
-    if all(choice.method.fit is None for choice in choices.values()):
+    """The choices, with what was learnt for those that take it. Nothing of `training/` is imported for the others."""
+    if all(choice.method.learnt_by is None for choice in choices.values()):
         return choices
     from fewer.training.adapter_store import with_adapters
 

@@ -3,6 +3,7 @@
 from fewer.cache.a2sf import A2sfCache, A2sfConfig
 from fewer.cache.full import FullCache
 from fewer.cache.h2o import H2OCache, H2OConfig
+from fewer.cache.lserve import LServeCache, LServeConfig
 from fewer.cache.oracle_topk import OracleTopkCache, OracleTopkConfig
 from fewer.cache.paged import PagedCache, PagedConfig
 from fewer.cache.quest import QuestCache, QuestConfig
@@ -18,6 +19,8 @@ __all__ = [
     "FullCache",
     "H2OCache",
     "H2OConfig",
+    "LServeCache",
+    "LServeConfig",
     "OracleTopkCache",
     "OracleTopkConfig",
     "PagedCache",

@@ -27,11 +27,11 @@ def own_path(method: str, model: str, fingerprint: str) -> Path:
 
 
 def with_adapters(choices: Mapping[Slot, Choice], checkpoint: Checkpoint) -> dict[Slot, Choice]:
-    """The choices, each method that is fitted together with its adapter for this model. A config whose `wants_adapter`
-    is false says all there is to know by itself. Raises CheckpointError."""
+    """The choices, each method that is fitted (or takes what another learns) together with its adapter for this model.
+    A config whose `wants_adapter` is false says all there is to know by itself. Raises CheckpointError."""
     return {
         slot: choice.with_adapter(find_adapter(choice, checkpoint))
-        if choice.method.fit is not None and getattr(choice.config, "wants_adapter", True)
+        if choice.method.learnt_by is not None and getattr(choice.config, "wants_adapter", True)
         else choice
         for slot, choice in choices.items()
     }
@@ -39,7 +39,7 @@ def with_adapters(choices: Mapping[Slot, Choice], checkpoint: Checkpoint) -> dic
 
 def find_adapter(choice: Choice, checkpoint: Checkpoint) -> Adapter:
     """The adapter that the choice's config names, else the first that was fitted to this model."""
-    method, fingerprint = choice.method.name, checkpoint.fingerprint()
+    method, fingerprint = choice.method.learnt_by or choice.method.name, checkpoint.fingerprint()
     named: str | None = getattr(choice.config, "adapter", None)
     if named is not None:
         return load_adapter(Path(named).expanduser(), method, fingerprint)
@@ -50,8 +50,10 @@ def find_adapter(choice: Choice, checkpoint: Checkpoint) -> Adapter:
             return adapter
         fitted_to.append(path.stem)
     others = f", only to {', '.join(fitted_to)}" if fitted_to else ""
+    needs = f"{choice.method.slot}={choice.method.name}"
+    needs += "" if method == choice.method.name else f" takes what {method} learns, which"
     raise CheckpointError(
-        f"{choice.method.slot}={method} has not been fitted to this model (fingerprint {fingerprint[:12]}…){others}: "
+        f"{needs} has not been fitted to this model (fingerprint {fingerprint[:12]}…){others}: "
         f"run `fewer train {method}` with it first"
     )
 
