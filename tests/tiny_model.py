@@ -47,8 +47,10 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> Tokeniz
     return tokenizer_folder.read_tokenizer(folder)
 
 
-def write_model(folder: Path, seed: int = 0, chat_template: str | None = CHATML, context: int = 256) -> Path:
-    """A model of two layers in `folder`, dense in bfloat16; the same weights for the same seed."""
+def write_model(
+    folder: Path, seed: int = 0, chat_template: str | None = CHATML, context: int = 256, layers: int = 2
+) -> Path:
+    """A small model in `folder`, dense in bfloat16; the same weights for the same seed."""
     source = folder.with_name(f"{folder.name}-tokenizer")
     source.mkdir(parents=True)
     tokenizer = write_tokenizer(source, chat_template)
@@ -56,7 +58,7 @@ def write_model(folder: Path, seed: int = 0, chat_template: str | None = CHATML,
         vocab_size=tokenizer.vocab_size,
         hidden_size=64,
         intermediate_size=128,
-        layers=2,
+        layers=layers,
         head_dim=16,
         context_length=context,
         tied_embeddings=True,

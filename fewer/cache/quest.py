@@ -25,6 +25,7 @@ from fewer.cache.selected import (
     selecting_layers,
 )
 from fewer.cache.slot_map import SlotMap, StepPlan
+from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.slots import method
@@ -112,6 +113,10 @@ class QuestCache(SelectedCache):
             rows, columns = (width < new[:, None]).nonzero().unbind(1)
             self._arrivals = plan, (rows, columns, self.statistics.place(rows, counts[rows] + columns))
         return self._arrivals[1]
+
+    def adopt(self, other: StoredCache) -> None:
+        super().adopt(other)
+        self._rebuild([0] * self.batch)
 
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         before = list(self.everything.counts)

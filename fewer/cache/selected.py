@@ -177,6 +177,17 @@ class SelectedCache(StoredCache):
             self.layers[index] = made or layer
         self._point_layers()
 
+    def adopt(self, other: StoredCache) -> None:
+        """Begin with what `other` holds, a cache without windows of as many rows: prompts leave the same in both."""
+        self.reserve(max(other.lengths))
+        longest = max(other.lengths)
+        for mine, theirs in zip(self.pools, other.pools, strict=True):
+            mine[..., :longest, :] = theirs[..., :longest, :]
+        for slots, known in zip(self.maps, other.maps, strict=True):
+            slots.table[:, :longest] = known.table[:, :longest]
+            slots.counts = list(known.counts)
+        self.committed, self._step, self._selection = other.lengths, None, None
+
     def begin(self, step: Step) -> None:
         self._selection = None
         super().begin(step)

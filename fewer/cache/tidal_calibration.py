@@ -28,7 +28,7 @@ from fewer.training.passkeys import hidden_answer, question
 class TidalFitConfig:
     contexts: int = 20  # texts with a passkey each
     held_out: int = 4  # more texts, on which the chosen layer's recall is measured
-    length: int = 4096  # tokens of a text, at most the model's context
+    length: int = 2048  # tokens of a text, at most the model's context
     tokens: int = 16  # of the answer, fed one at a time
     budget: int = 256  # tokens that a query head would attend to
     start: int = 2  # first layers that read everything
@@ -97,16 +97,13 @@ def fit_reselection(model: FittedModel, data: TrainingText, config: TidalFitConf
         )
     haystack = Haystack(data.text, model.tokenizer)
     total = config.contexts + config.held_out
-    fitted = held_out = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    found: list[Tensor] = []
     for number in range(total):
-        found = _context_overlap(model, haystack, config, number)
-        if number < config.contexts:
-            fitted = fitted + found / config.contexts
-        else:
-            held_out = held_out + found / config.held_out
+        found.append(_context_overlap(model, haystack, config, number))
         if run.on_step is not None:
-            missed = 1 - max(recall(fitted if number < config.contexts else held_out, first).tolist())
-            run.on_step(StepRecord(number + 1, missed, 0.0, 0.0), total)
+            missed = 1 - float(recall(torch.stack(found).mean(0), first).max())
+            run.on_step(StepRecord(number + 1, missed, learning_rate=0.0, gradient_norm=0.0), total)
+    fitted, held_out = (torch.stack(part).mean(0) for part in (found[: config.contexts], found[config.contexts :]))
     recalls = recall(fitted, first)
     best = max(range(len(layers)), key=lambda at: (float(recalls[at]), -at))
     metrics = {

@@ -115,6 +115,19 @@ def test_chunked_prefill_equals_one_shot(make: Make, settings: Any) -> None:
 
 
 @every_cache
+def test_a_text_that_another_cache_has_read_may_be_adopted(make: Make, settings: Any) -> None:
+    model, tokens = random_transformer(CONFIG), random_tokens(120)
+    full, adopted = new_session(model, 2), new_session(model, 2, make, settings)
+    full.prefill([tokens[:100], tokens[:61]])
+    assert isinstance(full.cache, FullCache) and isinstance(adopted.cache, SelectedCache)
+    adopted.cache.adopt(full.cache)
+    own = new_session(model, 2, make, settings)
+    own.prefill([tokens[:100], tokens[:61]])
+    for token in tokens[100:110]:
+        torch.testing.assert_close(adopted.decode([token] * 2), own.decode([token] * 2), atol=1e-4, rtol=1e-4)
+
+
+@every_cache
 def test_prompts_are_read_with_full_attention(make: Make, settings: Any) -> None:
     model, tokens = random_transformer(CONFIG), random_tokens(100)
     plain, selected = new_session(model), new_session(model, 1, make, settings)
