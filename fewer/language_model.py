@@ -216,13 +216,17 @@ class LanguageModel:
         raw: bool = False,
         max_tokens: int = 256,
         sampling: SamplingConfig = GREEDY,
+        completions: int = 1,
     ) -> list[Generation]:
-        """Several prompts in one batch; each answer equals the one that the prompt would get alone (row r is sampled
-        with seed + r)."""
+        """Several prompts in one batch, each with as many `completions`, one prompt's after the other's. Each answer
+        equals the one that the prompt would get alone (row r is sampled with seed + r). What prompts begin with in
+        common is computed once by the caches that can (`paged`, `hydragen`)."""
         _check_max_tokens(max_tokens)
+        if completions < 1:
+            raise UsageError(f"completions is {completions}: ask for at least 1 answer to each prompt")
         if not prompts:
             return []
-        encoded = [self.encode(prompt, raw) for prompt in prompts]
+        encoded = [tokens for prompt in prompts for tokens in [self.encode(prompt, raw)] * completions]
         session = self.session(len(encoded), max(map(len, encoded)) + max_tokens + 1)
         results = [Generation(prompt_tokens=len(tokens)) for tokens in encoded]
         start = first = time.perf_counter()

@@ -3,6 +3,7 @@
 from fewer.cache.a2sf import A2sfCache, A2sfConfig
 from fewer.cache.full import FullCache
 from fewer.cache.h2o import H2OCache, H2OConfig
+from fewer.cache.hydragen import HydragenCache, HydragenConfig
 from fewer.cache.lserve import LServeCache, LServeConfig
 from fewer.cache.oracle_topk import OracleTopkCache, OracleTopkConfig
 from fewer.cache.paged import PagedCache, PagedConfig
@@ -19,6 +20,8 @@ __all__ = [
     "FullCache",
     "H2OCache",
     "H2OConfig",
+    "HydragenCache",
+    "HydragenConfig",
     "LServeCache",
     "LServeConfig",
     "OracleTopkCache",

@@ -259,7 +259,7 @@ class HydragenCache(StoredCache):
         begin = min(length, torn.starts[prefix])
         firsts = [max(begin, keys.firsts[prefix]) for keys in torn.keys]
         for keys, first in zip(torn.keys, firsts, strict=True):
-            if keys.window is not None and first > max(begin, length - keys.window + 1):
+            if begin < length and keys.window is not None and first > max(begin, length - keys.window + 1):
                 raise FewerError(
                     f"cannot go back to {length} tokens, into a shared prefix of which the window's tokens before that "
                     "are no longer stored: go back less far or start again at 0"

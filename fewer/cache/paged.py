@@ -1,26 +1,29 @@
 """Paged cache: keys and values in pages taken as the text grows; prompts that begin alike share their whole pages.
 
 Paper: Efficient Memory Management for Large Language Model Serving with PagedAttention, arXiv 2309.06180.
-Differs from the paper: shared prompts are found by their tokens, not declared; all rows still compute the prefix, and
-one of them stores it. Nothing is swapped out: a pool of fixed size that is used up refuses the step.
+Differs from the paper: shared prompts are found by their tokens, not declared. What the prompts of a batch have in
+common is computed by one row; a text that comes later is computed again, and stored once. Nothing is swapped out: a
+pool of fixed size that is used up refuses the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewer.cache.pages import PagePool
+from fewer.cache.prefix_tree import prefix_levels
 from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.errors import PoolExhausted, UsageError
 from fewer.kernels.paged_attention import paged_attention
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import method
+from fewer.slots import KVCache, method
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class PagedPlan:
     step: Step
     slots: StepPlan
     lengths: Tensor  # [B] int64: slots of each row that hold a token, the new ones included
+    table: Tensor  # [B, P] the rows' pages
     rows: Tensor  # [N] row of the batch
     columns: Tensor  # [N] place among the step's tokens
     pages: Tensor  # [N] page that takes it
@@ -72,7 +76,7 @@ class PagedLayer:
             q,
             keys,
             values,
-            self.cache.pool.table[:, first:],
+            plan.table[:, first:],
             plan.lengths - first * size,
             self.cache.config.scale,
             mask,
@@ -114,6 +118,7 @@ class PagedCache:
         self.pool = PagePool(
             config.layers, batch, config.kv_heads, config.head_dim, size, pages, dtype, device, grows=not settings.pages
         )
+        self.rows = list(range(batch))  # of the pool: all of them, but for a part of the batch
         self.slots = SlotMap(batch, capacity, device)
         windows = [config.sliding_window if config.is_sliding(layer) else None for layer in range(config.layers)]
         self.layers = [PagedLayer(self, index, window) for index, window in enumerate(windows)]
@@ -155,14 +160,48 @@ class PagedCache:
             plan.near = first, mask[..., first * self.pool.page_size :]
         return plan.near
 
+    def shared_runs(self, prompts: Sequence[Sequence[int]]) -> Generator[tuple[KVCache, list[list[int]]]]:
+        """One row writes each run, in whole pages, and gives them to the others. Rows that hold something are left."""
+        size = self.pool.page_size
+        taken = self.slots.counts if self.absent is None else [1] * len(prompts)
+        texts = [None if count else prompt for count, prompt in zip(taken, prompts, strict=True)]
+        held: dict[int, int] = {}
+        try:
+            for nodes in prefix_levels(texts, size, size):
+                yield self._part([node.rows[0] for node in nodes], prompts), [node.tokens for node in nodes]
+                for node in nodes:
+                    held |= dict.fromkeys(node.rows, node.stop)
+                    for row in node.rows[1:]:
+                        self.pool.share(node.rows[0], row, node.stop)
+        except GeneratorExit:
+            self.pool.abandon(self.slots.counts, self.rows)
+            raise
+        self.reserve(max(held.values(), default=0))
+        for row, length in held.items():
+            self._hold(row, prompts[row][:length])
+
+    def _part(self, rows: list[int], prompts: Sequence[Sequence[int]]) -> PagedCache:
+        """A cache of these rows alone, in the same pool."""
+        part = copy.copy(self)
+        part.rows, part.texts, part.slots = rows, [[] for _ in rows], SlotMap(len(rows), 0, self.device)
+        part.layers = [PagedLayer(part, layer.index, layer.window) for layer in self.layers]
+        part.reserve(max(self.pool.lengths[row] for row in rows))
+        for place, row in enumerate(rows):
+            part._hold(place, prompts[row][: self.pool.lengths[row]])
+        return part
+
+    def _hold(self, row: int, text: Sequence[int]) -> None:
+        """The pool's row has this text already."""
+        self.texts[row], self.slots.counts[row] = list(text), len(text)
+        self.slots.table[row, : len(text)] = torch.arange(len(text), device=self.device)
+
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         counts = self.lengths
         for row, choice in enumerate(kept):
             self._move(row, counts[row], list(range(choice)) if isinstance(choice, int) else list(choice))
-        moves = self.slots.commit(kept)
-        if moves is not None and self.absent is not None:
+        if (moves := self.slots.commit(kept)) is not None and self.absent is not None:
             self.absent[:, :, : moves.shape[1]] = self.absent.gather(2, moves.expand(len(self.layers), -1, -1))
-        for row, length in enumerate(self.slots.counts):
+        for row, length in zip(self.rows, self.slots.counts, strict=True):
             self.pool.cut(row, length)
         self._plan = None
 
@@ -171,7 +210,7 @@ class PagedCache:
         self._abandon()
         kept = self.slots.count_before(row, length)
         self.slots.counts[row] = kept
-        self.pool.cut(row, kept)
+        self.pool.cut(self.rows[row], kept)
         del self.texts[row][kept:]
 
     def reserve(self, tokens: int) -> None:
@@ -199,7 +238,7 @@ class PagedCache:
         totals = [count + n for count, n in zip(counts, new, strict=True)]
         slots, _ = self.slots.plan(step, new, width)
         texts = self._read(step, new)
-        starts = self.pool.prepare(counts, totals, texts)
+        starts = self.pool.prepare(counts, totals, texts, self.rows)
         for row, text in enumerate(texts):
             self.texts[row] = self.texts[row] if text is None else text
         columns = torch.arange(width)
@@ -208,9 +247,9 @@ class PagedCache:
         places = (written.nonzero()[:, 0], written.nonzero()[:, 1], at[written])
         rows, columns, targets = (part.to(self.device) for part in places)
         self._mark_absent(step, rows, columns, targets)
-        return PagedPlan(
-            step, slots, torch.tensor(totals, device=self.device), rows, columns, *self.pool.places(rows, targets)
-        )
+        lengths, mine = (torch.tensor(part, device=self.device) for part in (totals, self.rows))
+        written_at = self.pool.places(mine[rows], targets)
+        return PagedPlan(step, slots, lengths, self.pool.table[mine], rows, columns, *written_at)
 
     def _read(self, step: Step, new: list[int]) -> list[list[int] | None]:
         """Each row's whole text with the step's tokens, None where it is not known or what is stored is not the text's
@@ -242,24 +281,20 @@ class PagedCache:
         moved = [(count + index, count + place) for place, index in enumerate(chosen) if index != place]
         if not moved:
             return
-        self.pool.prepare(*self._only(row, moved[0][1]))  # a prompt's pages may be shared already
+        mine = self.rows[row]
+        self.pool.prepare(
+            [moved[0][1]], [self.pool.lengths[mine]], rows=[mine]
+        )  # a prompt's pages may be shared already
         storage = self.pool.storage
         sources, targets = torch.tensor(moved, device=self.device).t()
-        whose = torch.full_like(sources, row)
+        whose = torch.full_like(sources, mine)
         (pages, offsets), (new_pages, new_offsets) = (self.pool.places(whose, at) for at in (sources, targets))
         storage[:, :, new_pages, :, new_offsets] = storage[:, :, pages, :, offsets]
-
-    def _only(self, row: int, start: int) -> tuple[list[int], list[int]]:
-        """Starts and stops for `PagePool.prepare` that make one row writable from `start` to its end."""
-        starts, stops = list(self.pool.lengths), list(self.pool.lengths)
-        starts[row] = start
-        return starts, stops
 
     def _abandon(self) -> None:
         """The last step failed or was given up."""
         if self._plan is None:
             return
         self._plan = None
-        self.pool.abandon(self.slots.counts)
-        for text, count in zip(self.texts, self.slots.counts, strict=True):
-            del text[count:]
+        self.pool.abandon(self.slots.counts, self.rows)
+        self.texts = [text[:count] for text, count in zip(self.texts, self.slots.counts, strict=True)]

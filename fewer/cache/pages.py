@@ -77,9 +77,14 @@ class PagePool:
         return self.grows or self.pages_for(tokens) <= len(self.free)
 
     def prepare(
-        self, starts: Sequence[int], stops: Sequence[int], texts: Sequence[Sequence[int] | None] | None = None
+        self,
+        starts: Sequence[int],
+        stops: Sequence[int],
+        texts: Sequence[Sequence[int] | None] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> list[int]:
-        """Make slots starts[b]..stops[b]-1 of each row writable, and stops[b] its length (never a smaller one).
+        """Make slots starts[b]..stops[b]-1 of each row writable, and stops[b] its length (never a smaller one). With
+        `rows`, b counts those.
 
         Where `texts[b]`, all tokens of the row up to its stop, is given, pages that already hold the same text are
         shared and not to be written again. Returns the first slot that each row has to write. Raises PoolExhausted, and
@@ -87,8 +92,9 @@ class PagePool:
         """
         claim = Claim(self)
         firsts = []
-        for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            firsts.append(claim.row(row, start, stop, texts[row] if texts is not None else None))
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            text = texts[index] if texts is not None else None
+            firsts.append(claim.row(index if rows is None else rows[index], start, stop, text))
         self._settle(claim)
         return firsts
 
@@ -106,12 +112,12 @@ class PagePool:
     def release(self, row: int) -> None:
         self.cut(row, 0)
 
-    def abandon(self, lengths: Sequence[int]) -> None:
+    def abandon(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> None:
         """Take back the last `prepare`, whose slots were not (all) written: what it published is not to be trusted."""
         for page in self._latest:
             self._withdraw(page)
         self._latest = []
-        for row, length in enumerate(lengths):
+        for row, length in zip(range(len(lengths)) if rows is None else rows, lengths, strict=True):
             self.cut(row, length)
 
     def share(self, row: int, into: int, tokens: int) -> None:

@@ -149,6 +149,30 @@ def test_a_common_beginning_is_stored_once(chunk: int) -> None:
     assert pool.owned == 0
 
 
+@pytest.mark.parametrize("chunk", [24, 512])
+@every_model
+def test_a_common_beginning_is_computed_by_one_row(model: Transformer, chunk: int) -> None:
+    """A tree: 64 tokens of all rows, 32 more of two pairs; the other tokens of each row are fed in one batch."""
+    paged, full = pair(model, 5, chunk=chunk)
+    common, branches = random_tokens(70, seed=1), [random_tokens(40, seed=seed) for seed in (2, 3)]
+    prompts = [common + branches[row % 2] + random_tokens(3 + row, seed=9 + row) for row in range(4)] + [common]
+    fed: list[int] = []
+    run = paged.runner.step
+
+    def counting(step: Step, cache: Any) -> Any:
+        fed.append(step.positions.numel() if step.lengths is None else sum(step.lengths))
+        return run(step, cache)
+
+    paged.runner.step = counting  # type: ignore[method-assign]
+    close(paged.prefill(prompts), full.prefill(prompts))
+    assert sum(fed) == 64 + 2 * 32 + sum(len(prompt) - 96 for prompt in prompts[:4]) + 6
+    assert pool_of(paged).owned == 4 + 2 * 2 + 4 * 2 + 1
+    assert paged.cache.positions(3).tolist() == list(range(len(prompts[3])))
+    for step in range(6):
+        tokens = random_tokens(5, seed=step)
+        close(paged.decode(tokens), full.decode(tokens))
+
+
 def test_a_prompt_that_comes_later_finds_the_pages_that_are_there() -> None:
     paged, full = pair(MODELS["gqa"], 2)
     prompt = random_tokens(48)
@@ -237,7 +261,8 @@ def test_a_failed_pass_leaves_no_trace_not_even_among_the_shared_pages() -> None
     with pytest.raises(NumericalError):
         paged.prefill(prompts)
     model.norm.copy_(norm)
-    pool_of(paged).storage[:, :, pool_of(paged).rows[0][1], :, 8:] = torch.nan  # as a pass that broke in a layer would
+    assert pool_of(paged).owned == 0 and paged.lengths == [0, 0]
+    pool_of(paged).storage.fill_(torch.nan)  # as a pass that broke in a layer would
     for session in (paged, full):
         session.rollback([0, 0])
     close(paged.prefill(prompts), full.prefill(prompts))
