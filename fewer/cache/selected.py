@@ -21,13 +21,14 @@ from torch import Tensor
 from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.cache.stored import StoredCache, StoredLayer
 from fewer.errors import UsageError
-from fewer.kernels.attention import exponentials
+from fewer.kernels.attention import attention
 from fewer.kernels.list_attention import INFINITY, attend_list
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
 
 Sets = Literal["query-head", "key-head"]
+LONGEST_RUN = 1024  # keys that are scored at once
 
 
 def check_budget(method: str, budget: int) -> None:
@@ -102,33 +103,39 @@ class SelectedLayer(StoredLayer):
 
     def scored(self, q: Tensor, selection: Selection, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Full attention with its logits: (output [B, H, T, D], scores [B, H, T, S] float32, -inf where unseen)."""
-        stop = selection.plan.stop
-        if q.shape[2] == 1 and self.absent is None:
-            part = attend_list(
-                q[:, :, 0],
-                self.keys,
-                self.values,
-                selection.rows,
-                None,
-                None,
-                "token",
-                selection.lengths,
-                self.scale,
-                self.softcap or None,
-                want_scores=True,
-            )
-            assert part.scores is not None
-            return part.out[:, :, None].to(q.dtype), part.scores[:, :, None, :stop]
-        keys, values = self.keys[:, :, None, :stop].float(), self.values[:, :, None, :stop].float()
-        grouped = q.float().unflatten(1, (keys.shape[1], -1))  # [B, Hk, G, T, D]
-        scores = grouped @ keys.transpose(3, 4) * self.scale
-        if self.softcap:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, None], -INFINITY)
-        weights, total, _ = exponentials(scores.clone())
-        out = (weights @ values / total[..., None]).flatten(1, 2)
-        return out.to(q.dtype), scores.flatten(1, 2)
+        stop, softcap = selection.plan.stop, self.softcap
+        if q.is_cuda and q.shape[2] == 1 and self.absent is None:
+            return self._scored_together(q, selection)
+        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        out = attention(q, keys, values, self.scale, mask, softcap=softcap)
+        batch, heads, width, head_dim = q.shape
+        scores = torch.empty(batch, keys.shape[1], heads // keys.shape[1] * width, stop, device=q.device)
+        grouped = q.float().mul(self.scale).reshape(*scores.shape[:3], head_dim)
+        for first in range(0, stop, LONGEST_RUN):  # float32 copies of few keys at a time stay in the processor's cache
+            run = slice(first, first + LONGEST_RUN)
+            scores[..., run] = grouped @ keys[:, :, run].float().transpose(2, 3)
+        scores = scores.view(batch, heads, width, stop)
+        if softcap:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        return out, scores if mask is None else scores.masked_fill_(~mask, -INFINITY)
+
+    def _scored_together(self, q: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """One token a row on a GPU: both in one pass over the keys."""
+        part = attend_list(
+            q[:, :, 0],
+            self.keys,
+            self.values,
+            selection.rows,
+            None,
+            None,
+            "token",
+            selection.lengths,
+            self.scale,
+            self.softcap or None,
+            want_scores=True,
+        )
+        assert part.scores is not None
+        return part.out[:, :, None].to(q.dtype), part.scores[:, :, None, : selection.plan.stop]
 
     def best(self, scores: Tensor, selection: Selection, budget: int, sets: Sets) -> Tensor:
         """The `budget` slots with the highest scores [B, H, T, S] -> [B·T, H or Hk, n] int32; -1: fewer are visible.

@@ -134,11 +134,20 @@ def _listed(
             position = entry[..., None] * page_size + torch.arange(page_size)  # [M, n, page_size]
             seen = live[..., None] & (position < lengths[row, None, None])
             page = table[row[:, None], torch.where(seen[..., 0], entry, 0)]
-            k, v = (part[page, head].flatten(1, 2) for part in (keys, values))  # whole pages are copied
+            k, v = (_rows(part.flatten(0, 1), page * kv_heads + head).flatten(1, 2) for part in (keys, values))
             seen = seen.flatten(1)
         else:
             seen = live & (entry < lengths[row, None])
             entry = torch.where(seen, entry, 0)
             page = table[row[:, None], entry // page_size]
-            k, v = (part[page, head, entry % page_size] for part in (keys, values))
-        yield (row, list_head), k, v.masked_fill(~seen[..., None], 0), seen  # a weight of 0 keeps no NaN out
+            place = (page * kv_heads + head) * page_size + entry % page_size
+            k, v = (_rows(part.flatten(0, 2), place) for part in (keys, values))
+        if seen.all():
+            yield (row, list_head), k, v, None
+        else:
+            yield (row, list_head), k, v.masked_fill(~seen[..., None], 0), seen  # a weight of 0 keeps no NaN out
+
+
+def _rows(storage: Tensor, index: Tensor) -> Tensor:
+    """storage [N, ..] at index [M, n] -> [M, n, ..]; whole rows are copied, several times faster than by indexing."""
+    return storage.index_select(0, index.flatten()).view(*index.shape, *storage.shape[1:])
