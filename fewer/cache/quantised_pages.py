@@ -127,18 +127,21 @@ def attend_listed_pages(
     """One new token a row over listed pages: q [B, H, D] -> [B, H, D] in q's dtype.
 
     keys, values [pages, Hk, page_size, width] of this layout, table [B, P] int32, lists [B, H or Hk, n] int32: logical
-    pages, none twice; negative ones are ignored. Quantised pages are unpacked as they are gathered, and no others are.
+    pages, none twice, the row's newest one last; negative ones are ignored. Only listed pages are read and unpacked.
     """
-    if not layout.quantised:
-        return attend_list(q, keys, values, table, lists, None, "page", lengths.int(), scale, softcap or None).out.to(
-            q.dtype
-        )
-    (batch, list_heads, _), (kv_heads, page_size) = lists.shape, keys.shape[1:3]
+    if q.is_cuda and not layout.quantised:
+        part = attend_list(q, keys, values, table, lists, None, "page", lengths.int(), scale, softcap or None)
+        return part.out.to(q.dtype)
+    (batch, list_heads, count), (kv_heads, page_size) = lists.shape, keys.shape[1:3]
     rows = torch.arange(batch, device=q.device)[:, None, None]
     heads = torch.arange(list_heads, device=q.device)[:, None] // (list_heads // kv_heads)
+    pages = table[rows, lists.clamp(min=0).long()].clamp(min=0).long()  # [B, list heads, n]
+    k, v = (part[pages, heads].flatten(2, 3) for part in (keys, values))  # [B, list heads, n·page_size, width]
+    if batch == 1 and bool((lists >= 0).all()):  # whole pages, and what there is of the newest
+        stop = (count - 1) * page_size + (int(lengths[0]) - 1) % page_size + 1
+        k, v = (layout.unpack(part[:, :, :stop]) for part in (k, v))
+        return attention(q[:, :, None], k, v, scale, softcap=softcap)[:, :, 0]
     position = lists[..., None] * page_size + torch.arange(page_size, device=q.device)  # [B, list heads, n, page_size]
     seen = ((lists[..., None] >= 0) & (position < lengths[:, None, None, None])).flatten(2)
-    pages = table[rows, lists.clamp(min=0).long()].clamp(min=0).long()  # [B, list heads, n]
-    k, v = (layout.unpack(part[pages, heads].flatten(2, 3)) for part in (keys, values))  # [B, list heads, S, D]
-    k, v = (part.masked_fill(~seen[..., None], 0.0) for part in (k, v))  # 0·NaN is NaN
+    k, v = (layout.unpack(part).masked_fill(~seen[..., None], 0.0) for part in (k, v))  # 0·NaN is NaN
     return attention(q[:, :, None], k, v, scale, seen[:, :, None], softcap=softcap)[:, :, 0]

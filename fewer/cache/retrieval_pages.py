@@ -55,9 +55,10 @@ class PagesPlan:
     pages: Tensor  # [N] page that takes it
     offsets: Tensor  # [N] place in that page
     arrivals: Arrivals  # the same, for the statistics
-    decodes: bool  # one generated token a row: lists may be read
-    mask: Tensor | None  # [B, 1, T, S] bool, several tokens: what each of them sees
-    everything: int  # pages of the longest row where no row exceeds the budget, else 0
+    listed: bool  # one generated token a row, and some row exceeds the budget
+    mask: Tensor | None  # [B, 1, T, S] bool, not `listed`: what each token sees of its row; None: all of it …
+    causal: bool  # … or, where the text begins with this step, the triangle
+    short: Tensor | None  # [B] bool, `listed`: rows within the budget; None: no such row
     due: Tensor | None  # [R] rows that choose pages in this step
     has_list: list[bool]  # what holds of each row's lists once the step is committed
 
@@ -104,45 +105,54 @@ class RetrievalPages:
         rows, columns = written.t().to(self.device)
         pages, offsets = self.pool.places(rows, torch.tensor(counts, device=self.device)[rows] + columns)
         lengths = torch.tensor(totals, device=self.device)
-        mask, everything, due = None, 0, None
-        has_list = [held and not n for held, n in zip(self.has_list, new, strict=True)]  # a prompt makes lists stale
-        if decodes:
-            long = [n > 0 and count > self.choice.budget for count, n in zip(counts, new, strict=True)]
-            everything = 0 if any(long) else self.pool.pages_for(max(totals))
-            rows_due = [
-                row
-                for row, at in enumerate(long)
-                if at and (counts[row] % self.choice.interval == 0 or not self.has_list[row])
-            ]
-            due = torch.tensor(rows_due, device=self.device) if rows_due else None
-            has_list = [held or row in rows_due for row, held in enumerate(self.has_list)]
-        elif max(counts) or max(new) < positions.shape[1]:
+        long = [decodes and n > 0 and count > self.choice.budget for count, n in zip(counts, new, strict=True)]
+        ragged = max(new) < positions.shape[1]
+        mask = None
+        if not decodes and (max(counts) or ragged):
             mask = (torch.arange(max(totals), device=self.device) <= positions[..., None])[:, None]
-        arrivals = self.statistics[0].place(pages, offsets)
+        due = [row for row, at in enumerate(long) if at and self._is_due(row, counts[row])]
+        has_list = [
+            row in due or (held and (decodes or not n))
+            for row, (held, n) in enumerate(zip(self.has_list, new, strict=True))
+        ]
         self._plan = PagesPlan(
-            lengths, rows, columns, pages, offsets, arrivals, decodes, mask, everything, due, has_list
+            lengths,
+            rows,
+            columns,
+            pages,
+            offsets,
+            self.statistics[0].place(pages, offsets),
+            any(long),
+            mask,
+            not decodes and mask is None,
+            None if all(long) else ~torch.tensor(long, device=self.device),
+            torch.tensor(due, device=self.device) if due else None,
+            has_list,
         )
+
+    def _is_due(self, row: int, count: int) -> bool:
+        return count % self.choice.interval == 0 or not self.has_list[row]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
         """q [B, H, T, D] and new k, v [B, Hk, T, D] of the layer's retrieval heads, all turned -> [B, H, T, D]."""
-        plan, span = self._plan, self.spans[layer]
+        plan = self._plan
+        assert plan is not None
+        self.write(layer, k, v)
+        keys, values = self.pool.storage[0][:, :, self.spans[layer]]
+        whole = self.layout, keys, values, self.pool.table
+        if not plan.listed:
+            return attend_whole_rows(q, *whole, plan.lengths, scale, plan.mask, plan.causal, softcap)
+        lists = self._chosen(layer, q[:, :, 0], plan)
+        return attend_listed_pages(q[:, :, 0], *whole, lists, plan.lengths, scale, softcap)[:, :, None]
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """The step's new keys and values [B, Hk, T, D] of the layer, rotated."""
+        plan = self._plan
         assert plan is not None
         new = torch.stack([part[plan.rows, :, plan.columns] for part in (k, v)])  # [2, N, Hk, D]
-        storage = self.pool.storage[0]
-        storage[:, plan.pages, span, plan.offsets] = self.layout.pack(new).transpose(0, 1)
-        self.statistics[layer].add(0, new[0], plan.arrivals)  # of keys as they were
-        keys, values = storage[:, :, span]
-        whole = self.layout, keys, values, self.pool.table
-        if not plan.decodes:
-            causal = plan.mask is None
-            return attend_whole_rows(q, *whole, plan.lengths, scale, plan.mask, causal, softcap)
-        query = q[:, :, 0]
-        lists = self._everything(k.shape[1], plan) if plan.everything else self._chosen(layer, query, plan)
-        return attend_listed_pages(query, *whole, lists, plan.lengths, scale, softcap)[:, :, None]
-
-    def _everything(self, kv_heads: int, plan: PagesPlan) -> Tensor:
-        every = torch.arange(plan.everything, dtype=torch.int32, device=self.device)
-        return every.expand(len(plan.lengths), kv_heads, -1)
+        rows = self.layout.pack(new).transpose(0, 1)
+        self.pool.storage[0][:, plan.pages, self.spans[layer], plan.offsets] = rows
+        self.statistics[layer].add(0, new[0], plan.arrivals)  # of keys as they came, not as they were rounded
 
     def _chosen(self, layer: int, q: Tensor, plan: PagesPlan) -> Tensor:
         """The lists of a layer [B, H or Hk, K], with a new choice for rows where it is due; short rows read all."""
@@ -156,18 +166,16 @@ class RetrievalPages:
         if plan.due is not None:
             lengths = plan.lengths[plan.due]
             table = self.pool.table[plan.due, : self.pool.pages_for(int(lengths.max()))]
-            scores = physical_scores(
-                statistics.upper_bounds(0, q[plan.due], table, lengths), statistics.parts
-            )  # [R, H, P]
+            bounds = statistics.upper_bounds(0, q[plan.due], table, lengths)
+            scores = physical_scores(bounds, statistics.parts)  # [R, H, P]
             if choice.shared:
                 scores = scores.unflatten(1, (heads, -1)).amax(2)
             chosen = choose_pages(scores, lengths, choice.page_size, choice.pages)
             lists[plan.due] = torch.nn.functional.pad(chosen, (longest - chosen.shape[2], 0), value=-1)
-        short = plan.lengths <= choice.budget + 1
-        if bool(short.any()):
-            every = torch.arange(longest, dtype=torch.int32, device=self.device)  # those beyond a row's end are unseen
-            return torch.where(short[:, None, None], every, lists)
-        return lists
+        if plan.short is None:
+            return lists[..., longest - choice.pages :]
+        every = torch.arange(longest, dtype=torch.int32, device=self.device)  # those beyond a row's end are unseen
+        return torch.where(plan.short[:, None, None], every, lists)
 
     def commit(self, lengths: Sequence[int]) -> None:
         """End the step: each row has this many tokens now."""

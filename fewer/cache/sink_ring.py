@@ -95,12 +95,10 @@ class SinkRing:
         """q [B, H, T, D] and new k, v [B, Hk, T, D], rotated, of those `heads` -> [B, H, T, D]."""
         plan = self._plan
         assert plan is not None
-        packed = self.layout.pack(torch.stack((k, v)))  # [2, B, Hk, T, width]
+        packed = self.write(heads, k, v)
         if plan.live:
-            self.storage[:, plan.rows, heads, plan.slots] = packed[:, plan.rows, :, 0].transpose(0, 1)
             k, v = self.layout.unpack(self.storage[:, :, heads, : plan.live])
             return attention(q, k, v, scale, plan.seen, softcap=softcap)
-        self._waiting[heads.start] = heads, packed
         start: Tensor | int = 0
         if plan.order is not None and plan.start is not None:
             side_by_side = torch.cat((self.storage[:, :, heads], packed), dim=3).transpose(2, 3)
@@ -113,6 +111,17 @@ class SinkRing:
         each = torch.ones(q.shape[1], dtype=torch.int32, device=self.device)
         # Without the gap behind the sinks, distances in the window and the sinks' own places are the same.
         return attend_tiles(q, k, v, start, Lambda(each * self.sinks, each * self.window), scale, softcap or None)[0]
+
+    def write(self, heads: slice, k: Tensor, v: Tensor) -> Tensor:
+        """The step's new keys and values [B, Hk, T, D] of these heads, rotated -> as they are stored."""
+        plan = self._plan
+        assert plan is not None
+        packed = self.layout.pack(torch.stack((k, v)))  # [2, B, Hk, T, width]
+        if plan.live:
+            self.storage[:, plan.rows, heads, plan.slots] = packed[:, plan.rows, :, 0].transpose(0, 1)
+        else:
+            self._waiting[heads.start] = heads, packed
+        return packed
 
     def commit(self, kept: Sequence[int]) -> None:
         """Keep the first kept[b] new tokens of each row."""
