@@ -2,15 +2,14 @@
 
 A prompt is attended to whole. Its end is known when the first generated step comes: then every key head keeps the keys
 that rank highest, and the pool shrinks to them. From then on a step puts its key behind the kept ones, attends to all,
-adds its row of probabilities to the scores, and the newest key takes the slot of the lowest. With `mode=stepwise` the
-tokens of a prompt are treated likewise, one at a time. With S[h, q, k] the probabilities of query q, summed over the
-query heads of key head h, n new queries change the scores by
+adds its row of probabilities to the scores, and the lowest key goes. With `mode=stepwise` the tokens of a prompt are
+treated likewise, one at a time. With S[h, q, k] the probabilities of query q, summed over the query heads of key head
+h, n new queries change the scores by
 
     A[h, k] <- α^n·A[h, k] + Σ_q α^(n-1-q)·S[h, q, k]
 
-Heads choose for themselves, but as many keys each, so that one rectangle [B, Hk, capacity, D] holds a layer. Keys stay
-where they are: their order in memory means nothing once a slot has been taken over, and `held` says what a slot holds.
-Layers with a sliding window of their own are bounded already and keep it.
+Of a prompt, either every chunk sums the columns of its attention, or, where only the last queries count, the layers
+remember those and the sums are taken once. A method is a policy and, where scores do not rank yet, its `importance`.
 """
 
 from __future__ import annotations
@@ -21,20 +20,17 @@ import torch
 from torch import Tensor
 
 from fewer.cache.eviction import Eviction
-from fewer.cache.scored_layer import ScoredLayer
-from fewer.cache.slot_map import SlotMap
-from fewer.cache.stored import StoredCache
+from fewer.cache.scored_storage import ScoredStorage
 from fewer.errors import FewerError, UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
+from fewer.slots import Place, Placement
 
 NEVER = torch.iinfo(torch.int32).max
 
 
-class ScoredCache(StoredCache):
-    """Keys that stay by their scores. A method says how they rank (`importance`) and how queries weigh (`policy`)."""
-
-    slack: int | None = 0  # what was evicted for a token does not come back with it
+class ScoredCache(ScoredStorage):
+    """The steps. What one pass makes others change, so nothing here is made in inference mode."""
 
     def __init__(
         self,
@@ -45,61 +41,28 @@ class ScoredCache(StoredCache):
         device: torch.device,
         policy: Eviction,
     ):
-        windows = [config.sliding_window if config.is_sliding(layer) else None for layer in range(config.layers)]
-        if None not in windows:
-            raise UsageError(
-                f"cache={policy.name} evicts in layers that see the whole text, but each layer of this model keeps a "
-                f"window of {config.sliding_window} tokens already: use cache=full"
-            )
-        super().__init__(config, batch, 0, dtype, device, windows, [0] * config.layers)  # room is made by the step
-        self.policy = policy
-        self.slack, self.keys_rotated = type(self).slack, policy.positions == "absolute"
-        self.renumbers = not self.keys_rotated
-        self.slots: SlotMap = next(slots for slots in self.maps if slots.window is None)
-        self.kind = self.maps.index(self.slots)
-        self.scored: list[ScoredLayer] = []
-        for index, layer in enumerate(self.layers):
-            if layer.slots is self.slots:
-                self.scored.append(ScoredLayer(self, index, self.slots, len(self.scored)))
-                self.layers[index] = self.scored[-1]
-        self._point_layers()
-        shape = len(self.scored), batch, config.kv_heads, 0
-        self.scores = torch.zeros(shape, device=device)  # [L, B, Hk, capacity] float32: A, 0 where nothing is held
-        self.held = torch.zeros(shape, dtype=torch.int32, device=device)  # position of the token in each slot
-        self.ranks = torch.zeros(shape, dtype=torch.int64, device=device)  # its place in the cache, if places count
-        self.table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]  # one page a row
+        super().__init__(config, batch, capacity, dtype, device, policy)
         self.tail_length = 0 if policy.memory is None else policy.memory + (self.slack or 0)
-        self.limits = [policy.limits(0) if policy.budget else None] * batch  # of each row: keys that stay, newest ones
         self.unscored = [0] * batch  # prompt tokens since keys were last chosen
         self.remembered = [0] * batch  # how many of their queries the tails hold
-        self.complete_from = [0] * batch  # every token from this position on is held
-        self.wanted = 0  # slots that the prompt under way will need
-
-    @property
-    def nbytes(self) -> int:
-        tails = sum(layer.tail.nbytes for layer in self.scored if layer.tail is not None)
-        return super().nbytes + self.scores.nbytes + self.held.nbytes + tails
+        self.places_prompts = policy.mode == "stepwise"
+        self.placed: Step | None = None  # the step under way, if a fast path runs it
+        self.weights: Tensor | None = None  # [layers, H, width] float32: the attention of a token that one has run
+        self.unsettled = False  # it has not been acted on
 
     @property
     def max_step(self) -> int | None:
         return 1 if self.policy.mode == "stepwise" else super().max_step
 
+    @property
+    def physical_lengths(self) -> list[int]:
+        lengths = super().physical_lengths
+        late = self.unsettled and len(self.maps) == 1 and self._is_full(0)  # a key that is held, but is no longer seen
+        return [lengths[0] - 1] if late else lengths
+
     def positions(self, row: int, layer: int = 0, head: int = 0) -> Tensor:
-        """Of the keys that one key head holds: [physical length] int64, ascending."""
-        at = self.layers[layer]
-        if not isinstance(at, ScoredLayer):
-            return super().positions(row, layer)
-        return self.held[at.order, row, head, : self.slots.counts[row]].long().sort().values
-
-    # ── how keys rank ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def importance(self, scores: Tensor, ages: Tensor) -> Tensor:
-        """scores and ages (how many queries have seen the key) [.., Hk, S] -> [.., Hk, S]: the highest stay."""
-        return scores
-
-    def query_weights(self, distance: Tensor) -> Tensor:
-        """Weight of the query that many tokens before the newest one of a prompt, float32."""
-        return self.policy.decay ** distance.float()
+        self._settle()
+        return super().positions(row, layer, head)
 
     def evicts_after(self, step: Step) -> bool:
         """Whether the step is one token after which keys go."""
@@ -112,16 +75,10 @@ class ScoredCache(StoredCache):
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @torch.inference_mode(False)  # what one pass makes, others change
+    @torch.inference_mode(False)
     def begin(self, step: Step) -> None:
-        batch, width = step.positions.shape
-        self._check(step, width)
-        if step.role == "generated" and any(self.unscored):
-            self._end_prompts()
-        needed = max(self.slots.counts) + width
-        if needed > self.slots.capacity:
-            whole = step.role == "prompt" and self.policy.mode != "stepwise"
-            self._resize(max(needed, self.wanted) if whole else self._grown(needed))
+        width = step.positions.shape[1]
+        self._prepare(step, width, step.role == "prompt" and self.policy.mode != "stepwise")
         super().begin(step)
         self.new = torch.tensor(self.slots.pending, device=self.device)
         counts = torch.tensor(self.slots.counts, device=self.device)
@@ -134,15 +91,15 @@ class ScoredCache(StoredCache):
             dead = torch.arange(self.slots.capacity, device=self.device) >= self.seen[:, None, None]
             self.ranks = self.held.masked_fill(dead, NEVER).argsort(-1).argsort(-1)
 
-    @torch.inference_mode(False)  # what one pass makes, others change
+    @torch.inference_mode(False)
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
-        step = self._step
-        super().commit(kept)
+        step, self.placed = self._step or self.placed, None
         assert step is not None
+        super().commit(kept)
         added = [choice if isinstance(choice, int) else len(choice) for choice in kept]
-        if self.scored[0].received is not None:
-            received = torch.stack([layer.received for layer in self.scored if layer.received is not None])
-            self.scores *= self.policy.decay ** torch.tensor(added, device=self.device).float()[:, None, None]
+        received = self._received()
+        if received is not None:
+            self.scores *= self.policy.decay ** self._per_row(added).float()
             self.scores[..., : received.shape[3]] += received
         for layer in self.scored:
             layer.tail = layer.tail if layer.next_tail is None else layer.next_tail
@@ -153,18 +110,141 @@ class ScoredCache(StoredCache):
             self.unscored = [tokens + more for tokens, more in zip(self.unscored, added, strict=True)]
             self.remembered = [min(self.tail_length, n + more) for n, more in zip(self.remembered, added, strict=True)]
 
-    @torch.inference_mode(False)  # what one pass makes, others change
+    def _prepare(self, step: Step | None, width: int, whole: bool) -> None:
+        """Finish what came before a step of `width` tokens (`whole`: of a prompt that evicts at its end), and make room
+        for it."""
+        if step is not None:
+            self._check(step, width)
+        if self.placed is not None:  # given up
+            self.placed, self.unsettled = None, False
+        self._settle()
+        if not whole and any(self.unscored):
+            self._end_prompts()
+        needed = max(self.slots.counts) + width
+        if needed > self.slots.capacity:
+            self._resize(max(needed, self.wanted) if whole else self._grown(needed))
+
+    def _check(self, step: Step, width: int) -> None:
+        name = self.policy.name
+        if step.layer_plan is not None:
+            raise FewerError(f"cache={name} keeps as many keys in every layer, so no token may skip a layer")
+        if step.mask == "bidirectional":
+            raise FewerError(f"cache={name} scores keys by causal attention and cannot read a text both ways")
+        if width > 1 and self.evicts_after(step):
+            raise FewerError(f"cache={name} evicts after every token, so a step of {width} is too long: feed one")
+        if self.renumbers and step.role == "prompt" and max(self.slots.counts) + width > self.config.context_length:
+            raise UsageError(
+                f"a prompt beyond the context of {self.config.context_length} tokens cannot be attended to whole: use "
+                f"cache={name}:positions=cache,mode=stepwise"
+            )
+
+    def _received(self) -> Tensor | None:
+        """What the step that ends gave each slot: [L, B, Hk, S], or None where nobody looked."""
+        if self.unsettled and self.weights is not None:
+            self.unsettled = False
+            shares = self.weights[:, None, :, : self.slots.counts[0]]
+            shares = shares if len(self.maps) == 1 else shares[[layer.index for layer in self.scored]]
+            return shares.unflatten(2, (self.config.kv_heads, -1)).sum(3)
+        found = [layer.received for layer in self.scored if layer.received is not None]
+        return torch.stack(found) if found else None
+
+    # ── the end of a prompt ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _end_prompts(self) -> None:
+        """Score what the prompts left, choose the keys that stay, and shrink the pool to them."""
+        for row, tokens in enumerate(self.unscored):
+            self.limits[row] = self.limits[row] or self.policy.limits(self.committed[row])
+            if tokens and self.policy.memory is not None:
+                self._score_tail(row, tokens, min(self.remembered[row], self.policy.memory))
+        for layer in self.scored:
+            layer.tail = None
+        self._compact()
+        self.unscored, self.remembered = [0] * self.batch, [0] * self.batch
+
+    def _score_tail(self, row: int, tokens: int, queries: int) -> None:
+        count = self.slots.counts[row]
+        weights = self.query_weights(torch.arange(queries - 1, -1, -1, device=self.device))
+        for layer in self.scored:
+            scores = self.scores[layer.order, row]
+            scores *= self.policy.decay**tokens
+            scores[:, :count] += layer.tail_sums(row, queries, weights)
+
+    # ── steps of a fast path, which stores the keys itself and hands out the attention of a token when it is over ─────
+
+    def can_place(self, tokens: int) -> bool:
+        """Whether a single row's keys stand where they stood in the text; one token at a time where it evicts."""
+        windows = [slots.window for slots in self.maps if slots.window is not None]
+        most = 1 if self.policy.while_generating else min(windows, default=tokens)
+        return self.batch == 1 and self.keys_rotated and tokens <= most
+
+    @torch.inference_mode(False)
+    def place_one(self, position: int) -> Placement:
+        if self.unsettled and self.placed is None and len(self.maps) == 1 and self._is_full(0):
+            return self._place_in_lowest(position)
+        self._prepare(None, 1, whole=False)
+        placement = super().place_one(position)
+        self.held[:, 0, :, self.slots.counts[0] - 1] = position
+        return self._with_weights(placement)
+
+    @torch.inference_mode(False)
+    def place(self, step: Step) -> Placement:
+        width = step.positions.shape[1]
+        self._prepare(step, width, whole=False)
+        placement, self.placed = super().place(step), step
+        start = self.slots.counts[0]
+        self.held[:, 0, :, start : start + width] = step.positions.int()
+        return self._with_weights(placement)
+
+    def _place_in_lowest(self, position: int) -> Placement:
+        """The new token gets the slots of the keys that the last one evicts: nothing is moved."""
+        received, count = self._received(), self.slots.counts[0]
+        assert received is not None
+        self.scores *= self.policy.decay
+        self.scores[..., :count] += received
+        lowest = self._lowest()  # [L, 1, Hk]
+        self.held.scatter_(3, lowest[..., None], position)
+        self.scores.scatter_(3, lowest[..., None], 0.0)
+        self.committed[0] += 1
+        return self._with_weights(Placement([Place(count - 1, count, (0,))], slots=lowest[:, 0].int()))
+
+    def _with_weights(self, placement: Placement) -> Placement:
+        if not self.policy.while_generating:
+            return placement
+        width = -(-self.slots.capacity // 16) * 16
+        if self.weights is None or self.weights.shape[2] != width:
+            self.weights = torch.zeros(self.config.layers, self.config.heads, width)
+        self.unsettled = True
+        return placement._replace(weights=self.weights)
+
+    @torch.inference_mode(False)
+    def _settle(self) -> None:
+        """Act on the attention of the token that a fast path ran last."""
+        if self.unsettled and self.placed is None:
+            received = self._received()
+            assert received is not None
+            self.scores *= self.policy.decay
+            self.scores[..., : received.shape[3]] += received
+            self._evict_one()
+
+    # ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.inference_mode(False)
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on. Raises FewerError where what was evicted would be
         missed, or the queries that have to choose."""
         removed = self.committed[row] - length
         if removed <= 0:
             return
-        if length and not self._can_take_back(row, removed):
+        last_alone = self.unsettled and removed == 1  # it has evicted nothing yet
+        if length and not last_alone and not self._can_take_back(row, removed):
             raise FewerError(
                 f"cache={self.policy.name} cannot go back to {length} tokens: what it evicted since is gone; start "
                 "again at 0"
             )
+        self.unsettled = False
+        if last_alone:
+            self._fill((self.held == length).int().argmax(-1), [True])  # the last slot may hold an older key
+            self.slots.counts[0] += 1
         own = self.slots.counts[row] - removed if length else 0
         cuts = [own if slots is self.slots else slots.count_before(row, length) for slots in self.maps]
         for slots, stays in zip(self.maps, cuts, strict=True):
@@ -187,121 +267,3 @@ class ScoredCache(StoredCache):
             return False
         choosing = min(self.policy.memory or 0, max(0, self.unscored[row] - removed))
         return self.remembered[row] - removed >= choosing or not choosing
-
-    def _check(self, step: Step, width: int) -> None:
-        name = self.policy.name
-        if step.layer_plan is not None:
-            raise FewerError(f"cache={name} keeps as many keys in every layer, so no token may skip a layer")
-        if step.mask == "bidirectional":
-            raise FewerError(f"cache={name} scores keys by causal attention and cannot read a text both ways")
-        if width > 1 and self.evicts_after(step):
-            raise FewerError(f"cache={name} evicts after every token, so a step of {width} is too long: feed one")
-        if self.renumbers and step.role == "prompt" and max(self.slots.counts) + width > self.config.context_length:
-            raise UsageError(
-                f"a prompt beyond the context of {self.config.context_length} tokens cannot be attended to whole: use "
-                f"cache={name}:positions=cache,mode=stepwise"
-            )
-
-    # ── eviction ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _ranking(self, scores: Tensor, held: Tensor, length: Tensor, recent: Tensor) -> Tensor:
-        """Infinite for the newest tokens of a row; `length` and `recent` broadcast to [.., Hk, S]."""
-        ages = length - held
-        return self.importance(scores, ages).masked_fill(ages <= recent, torch.inf)
-
-    def _evict_one(self) -> None:
-        """In every row over its budget, the newest key takes the slot of the lowest one."""
-        counts, limits = self.slots.counts, [limit or (NEVER, 0) for limit in self.limits]
-        full = [count > budget for count, (budget, _) in zip(counts, limits, strict=True)]
-        if not any(full):
-            return
-        recent = torch.tensor([recent for _, recent in limits], device=self.device)[:, None, None]
-        length = torch.tensor(self.committed, device=self.device)[:, None, None]
-        ranking = self._ranking(self.scores, self.held, length, recent)
-        over, last = torch.tensor([full, [count - 1 for count in counts]], device=self.device)[:, :, None]  # [B, 1]
-        last = last.clamp(min=0)
-        if min(counts) < self.slots.capacity:
-            slot = torch.arange(self.slots.capacity, device=self.device)
-            ranking = ranking.masked_fill(slot > last[:, None], torch.inf)
-        lowest = torch.where(over.bool(), ranking.argmin(-1), last)  # [L, B, Hk]
-        newest = last.expand_as(lowest)[..., None]
-        for state in (self.scores, self.held):
-            state.scatter_(3, lowest[..., None], state.gather(3, newest))
-        self.scores.scatter_(3, newest, self.scores.gather(3, newest) * (1 - over)[..., None])
-        pool = self.pools[self.kind]  # [L, 2, B, Hk, capacity, D]
-        shape = *pool.shape[:4], 1, pool.shape[5]
-        moved = pool.gather(4, newest[:, None, :, :, :, None].expand(shape))
-        pool.scatter_(4, lowest[:, None, :, :, None, None].expand(shape), moved)
-        self.slots.counts = [min(count, budget) for count, (budget, _) in zip(counts, limits, strict=True)]
-
-    def _end_prompts(self) -> None:
-        """Score what the prompts left, choose the keys that stay, and shrink the pool to them."""
-        for row, tokens in enumerate(self.unscored):
-            self.limits[row] = self.limits[row] or self.policy.limits(self.committed[row])
-            if tokens and self.policy.memory is not None:
-                self._score_tail(row, tokens)
-        for layer in self.scored:
-            layer.tail = None
-        self._compact()
-        self.unscored, self.remembered = [0] * self.batch, [0] * self.batch
-
-    def _score_tail(self, row: int, tokens: int) -> None:
-        queries, count = min(self.remembered[row], self.policy.memory or 0), self.slots.counts[row]
-        weights = self.query_weights(torch.arange(queries - 1, -1, -1, device=self.device))
-        for layer in self.scored:
-            scores = self.scores[layer.order, row]
-            scores *= self.policy.decay**tokens
-            scores[:, :count] += layer.tail_sums(row, queries, weights)
-
-    def _compact(self) -> None:
-        counts = self.slots.counts
-        kept = [min(count, limit[0]) if limit else count for count, limit in zip(counts, self.limits, strict=True)]
-        capacity = max(kept) + 1
-        chosen = torch.zeros(*self.held.shape[:3], capacity, dtype=torch.int64, device=self.device)
-        for row, (count, stay, limit) in enumerate(zip(counts, kept, self.limits, strict=True)):
-            if stay == count:
-                chosen[:, row, :, :stay] = torch.arange(stay, device=self.device)
-                continue
-            scores, held = self.scores[:, row, :, :count], self.held[:, row, :, :count]
-            length, recent = torch.tensor([self.committed[row], limit[1] if limit else 0], device=self.device)
-            best = self._ranking(scores, held, length, recent).topk(stay).indices
-            chosen[:, row, :, :stay] = best.gather(2, held.gather(2, best).argsort(2))  # as they follow in the text
-            self.complete_from[row] = self.committed[row] - int(recent)
-        pool = self.pools[self.kind]
-        index = chosen[:, None, :, :, :, None].expand(*pool.shape[:4], capacity, pool.shape[5])
-        self.pools[self.kind] = pool.gather(4, index)
-        live = torch.arange(capacity, device=self.device) < torch.tensor(kept, device=self.device)[:, None, None]
-        self.scores, self.held = self.scores.gather(3, chosen) * live, self.held.gather(3, chosen)
-        self.slots.counts, self.slots.capacity = kept, capacity
-        self.slots.table = self.slots.table.new_zeros(self.batch, capacity)  # `held` says it for every head
-        self._point_layers()
-
-    # ── storage ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _reserve(self, slots: SlotMap, tokens: int) -> None:
-        """The scored layers get their room when a step begins, because a generated one shrinks them first."""
-        if slots is self.slots:
-            self.wanted = tokens
-        else:
-            super()._reserve(slots, tokens)
-
-    def _grown(self, needed: int) -> int:
-        """Capacity for generated tokens: a quarter more, but not more than the largest budget and the newest key."""
-        grown = max(needed, self.slots.capacity * 5 // 4 + 64)
-        budgets = [limit[0] for limit in self.limits if limit is not None]
-        if self.policy.while_generating and len(budgets) == self.batch:
-            return max(needed, min(grown, max(budgets) + 1))
-        return grown
-
-    def _resize(self, capacity: int) -> None:
-        extra, pad = capacity - self.slots.capacity, torch.nn.functional.pad
-        self.pools[self.kind] = pad(self.pools[self.kind], (0, 0, 0, extra))
-        self.scores, self.held = pad(self.scores, (0, extra)), pad(self.held, (0, extra))
-        self.slots.table, self.slots.capacity = pad(self.slots.table, (0, extra)), capacity
-        self._point_layers()
-
-    def _move(self, slots: SlotMap, moves: Tensor) -> None:
-        super()._move(slots, moves)
-        if slots is self.slots:
-            index = moves[:, None].expand(*self.held.shape[:3], -1)
-            self.held[..., : moves.shape[1]] = self.held.gather(3, index)

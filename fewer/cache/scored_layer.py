@@ -6,7 +6,7 @@ the attention that each slot got from the step's queries, or the last queries of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -21,14 +21,16 @@ from fewer.model.step import Step
 
 if TYPE_CHECKING:
     from fewer.cache.scored import ScoredCache
+    from fewer.cache.scored_storage import ScoredStorage
 
 
 class ScoredLayer(StoredLayer):
     """Keys [B, Hk, capacity, D] of which slot s holds another token for every key head."""
 
-    def __init__(self, cache: ScoredCache, index: int, slots: SlotMap, order: int):
+    def __init__(self, cache: ScoredStorage, index: int, slots: SlotMap, order: int):
         super().__init__(cache, index, slots, renumber=False)
-        self.owner, self.order = cache, order  # its place among the scored layers
+        self.owner: ScoredCache = cast("ScoredCache", cache)
+        self.order = order  # its place among the scored layers
         self.rotary: Rotary | None = None
         self.received: Tensor | None = None  # [B, Hk, S] float32
         self.tail: Tensor | None = None  # [B, H, M, D] the prompt's last queries, turned; the newest is the last

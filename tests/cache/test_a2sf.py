@@ -12,9 +12,10 @@ from fewer.cache.scored import ScoredCache
 from fewer.engine.session import Session
 from fewer.model.transformer import Transformer
 from tests.cache.masked_reference import MaskedCache, fading
-from tests.random_model import CONFIG, config_of, new_session, random_tokens, random_transformer
+from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
-MODEL = random_transformer()
+CONFIG = config_of(head_dim=16)  # heads that the CPU's fast path takes
+MODEL = random_transformer(CONFIG)
 MQA = random_transformer(config_of(kv_heads=1))
 PROMPT = random_tokens(90)
 
@@ -27,6 +28,7 @@ def scores_after(policy: Eviction, model: Transformer = MODEL, generated: int = 
     for token in range(generated):
         session.decode([token])
     assert isinstance(session.cache, ScoredCache)
+    assert len(session.cache.positions(0)) == 90 + generated  # asking settles what a fast path has left
     return session.cache.scores[:, 0, :, : 90 + generated]
 
 

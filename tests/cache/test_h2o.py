@@ -7,9 +7,10 @@ import torch
 
 from fewer.cache import H2OCache, H2OConfig, SinkWindowCache, SinkWindowConfig
 from fewer.slots import parse_spec
-from tests.random_model import new_session, random_tokens, random_transformer
+from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
-MODEL = random_transformer()
+CONFIG = config_of(head_dim=16)  # heads that the CPU's fast path takes
+MODEL = random_transformer(CONFIG)
 
 
 def test_the_recent_half_stays_and_the_other_half_is_older() -> None:

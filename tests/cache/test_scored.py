@@ -12,7 +12,6 @@ from torch import Tensor
 from fewer.cache import (
     A2sfCache,
     A2sfConfig,
-    FullCache,
     H2OCache,
     H2OConfig,
     SnapKVCache,
@@ -30,9 +29,10 @@ from fewer.recipe import Recipe
 from fewer.slots import DraftTree
 from fewer.weights.int4 import Int4Weights
 from tests.cache.masked_reference import Choose, MaskedCache, fading, last_row, votes
-from tests.random_model import CONFIG, CPU, config_of, new_session, random_tokens, random_transformer
+from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
 BUDGET = 24
+CONFIG = config_of(head_dim=16)  # heads that the CPU's fast path takes; the others go the general way
 GEMMA = config_of(sliding_window=20, sliding_layers=(True, False, True), attention_softcap=8.0, local_rope_theta=500.0)
 CONFIGS = {
     "gqa": CONFIG,
@@ -370,8 +370,48 @@ def test_generation_stops_at_the_context_and_batches_generate_what_single_rows_d
     assert texts[0] == texts[1]
 
 
-def test_full_is_what_a_cache_of_this_kind_is_not() -> None:
-    """No fast path may write into these pools behind the scores' back."""
-    session = session_of(A2SF, {})
+# ── the fast path of the CPU ─────────────────────────────────────────────────────────────────────────────────────────
+
+FAST = {name: KINDS[name] for name in ("a2sf", "a2sf-stepwise", "a2sf-all-queries", "h2o", "tova", "snapkv")}
+
+
+@pytest.mark.parametrize(("kind", "settings"), FAST.values(), ids=FAST)
+def test_the_fast_path_and_the_general_one_take_turns(kind: Kind, settings: dict[str, Any]) -> None:
+    """A fast path hands out a token's attention when it is over, and puts the next key where the lowest one lay."""
+    fast, general, mixed = (session_of(kind, settings) for _ in range(3))
+    assert fast.runner.has_fast_path(fast.cache)
+    single, general.runner.single = mixed.runner.single, None
+    prompt = random_tokens(50)
+    for session in (fast, general, mixed):
+        session.prefill([prompt])
+    for turn, token in enumerate(random_tokens(50, seed=1)):
+        mixed.runner.single = single if turn // 4 % 2 else None
+        expected = general.decode([token])
+        close(fast.decode([token]), expected)
+        close(mixed.decode([token]), expected)
+        assert fast.cache.physical_lengths == general.cache.physical_lengths
+    for layer in range(CONFIG.layers):
+        for head in range(CONFIG.kv_heads):
+            held = general.cache.positions(0, layer, head).tolist()
+            assert fast.cache.positions(0, layer, head).tolist() == held
+            assert mixed.cache.positions(0, layer, head).tolist() == held
+
+
+def test_positions_in_the_cache_take_the_general_path() -> None:
+    session = session_of(A2SF, {"positions": "cache"})
     assert not session.runner.has_fast_path(session.cache)
-    assert session.runner.has_fast_path(FullCache(CONFIG, 1, 8, torch.float32, CPU))
+    assert session.runner.single is not None
+
+
+def test_the_last_token_of_a_fast_path_can_be_taken_back_before_it_evicts() -> None:
+    """What the runner does when logits are not finite."""
+    session, expected = session_of(A2SF, {}), session_of(A2SF, {})
+    for each in (session, expected):
+        each.prefill([random_tokens(50)])
+        for token in random_tokens(12, seed=1):
+            each.decode([token])
+    session.decode([7])
+    session.cache.truncate(0, 62)
+    assert session.lengths == [62] and session.cache.physical_lengths == [BUDGET]
+    for token in random_tokens(10, seed=2):
+        close(session.decode([token]), expected.decode([token]))

@@ -14,9 +14,10 @@ from fewer.errors import FewerError
 from fewer.recipe import Recipe
 from fewer.slots import DraftTree
 from tests.cache.masked_reference import MaskedCache, votes
-from tests.random_model import CONFIG, new_session, random_tokens, random_transformer
+from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
-MODEL = random_transformer()
+CONFIG = config_of(head_dim=16)  # heads that the CPU's fast path takes
+MODEL = random_transformer(CONFIG)
 SETTINGS = SnapKVConfig(budget=40, window=16)
 PROMPT = random_tokens(90)
 TREE = DraftTree([5, 6, 7, 8, 9, 10], [-1, 0, 0, 2, 1, 3])
