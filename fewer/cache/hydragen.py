@@ -60,7 +60,7 @@ class HydragenLayer(StoredLayer):
     def _own(self, q: Tensor, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """The part of the row's own text (equation 2 of the paper: the suffix)."""
         mask = self._mask(plan)
-        if q.is_cuda and q.shape[2] == 1 and self.slots.window is None and self.absent is None:
+        if self.cache.by_lengths and q.shape[2] == 1 and self.slots.window is None and self.absent is None:
             found = attend_list(
                 q[:, :, 0],
                 self.keys,
@@ -107,7 +107,8 @@ class HydragenCache(StoredCache):
         super().__init__(config, batch, capacity if batch == 1 else 1, dtype, device, windows, [0] * config.layers)
         self._readings: list[Reading] = []  # of the step under way, one a level
         self._sights: dict[tuple[int, int], list[Sight] | None] = {}  # of a level and a kind
-        self.own_lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # on CUDA: [B], the new tokens included
+        self.by_lengths = device.type == "cuda"  # one new token a row goes to a kernel that asks for the rows' lengths:
+        self.own_lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # slots, the new token's included
 
     @property
     def nbytes(self) -> int:
@@ -232,7 +233,7 @@ class HydragenCache(StoredCache):
         new = [width] * self.batch if step.lengths is None else step.lengths
         self._readings = [level.reading(new, width) for level in self.levels]
         self._sights = {}
-        if self.levels and self.device.type == "cuda":
+        if self.levels and self.by_lengths:
             lengths = [count + n for count, n in zip(self.maps[0].counts, new, strict=True)]
             self.own_lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
 

@@ -105,6 +105,16 @@ def test_prefill_and_decoding_equal_full_while_rows_finish(model: Transformer, p
     close(ours.prefill(prompts), full.prefill(prompts))  # a second turn
 
 
+def test_rows_read_their_own_text_by_its_length_as_on_cuda() -> None:
+    ours, full = pair(MODELS["softcap"], len(THREE_LEVELS))
+    cache_of(ours).by_lengths = True
+    close(ours.prefill(THREE_LEVELS), full.prefill(THREE_LEVELS))
+    for step in range(9):
+        tokens, active = random_tokens(7, seed=step), [step % 2 == row % 2 or step < 4 for row in range(7)]
+        on = [row for row, flag in enumerate(active) if flag]
+        close(ours.decode(tokens, active)[on], full.decode(tokens, active)[on])
+
+
 @every_model
 def test_a_chunk_is_as_good_as_the_whole(model: Transformer) -> None:
     logits = [pair(model, len(THREE_LEVELS), chunk=chunk)[0].prefill(THREE_LEVELS) for chunk in (7, 512)]
