@@ -22,7 +22,6 @@ from torch import Tensor
 from fewer.errors import UsageError
 from fewer.kernels.attention import attention
 from fewer.kernels.list_attention import attend_list
-from fewer.kernels.paged_attention import gather_pages
 
 Bits = Literal[16, 8, 4]
 LARGEST = torch.finfo(torch.float16).max
@@ -95,8 +94,8 @@ class RowLayout:
 def attend_whole_rows(
     q: Tensor,
     layout: RowLayout,
-    keys: Tensor,
-    values: Tensor,
+    storage: Tensor,
+    heads: slice,
     table: Tensor,
     lengths: Tensor,
     scale: float,
@@ -104,20 +103,32 @@ def attend_whole_rows(
     causal: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    """`fewer.kernels.paged_attention.paged_attention` over pages [pages, Hk, page_size, width] of this layout."""
-    k, v, live = gather_pages(keys, values, table, lengths)
-    if live is not None and not causal:
-        mask = live if mask is None else mask[..., : k.shape[2]] & live
-    elif mask is not None:
-        mask = mask[..., : k.shape[2]]
-    return attention(q, layout.unpack(k), layout.unpack(v), scale, mask, causal, softcap)
+    """q [B, H, T, D] over all that rows of `lengths` [B] tokens hold -> [B, H, T, D].
+
+    storage [2 (keys, values), pages, heads of the pool, page_size, width] of this layout, `heads` those to read, table
+    [B, P] int32. `mask` bool [B, 1, T, S] says what is seen; without one a query sees its row. `causal`: the rows hold
+    nothing but the T new tokens (or fewer), and query t sees slots 0..t.
+    """
+    if q.is_cuda and not layout.quantised and q.shape[2] == 1 and mask is None and not causal:
+        keys, values = storage[:, :, heads]
+        whole = attend_list(q[:, :, 0], keys, values, table, None, None, "page", lengths.int(), scale, softcap or None)
+        return whole.out.to(q.dtype)[:, :, None]
+    longest, shortest = int(lengths.max()), int(lengths.min())
+    pages = table[:, None, : -(-longest // storage.shape[3])].clamp(min=0).long()
+    k, v = (layout.unpack(rows[:, :, :longest]) for rows in _rows(storage, pages, _numbers(heads, q.device)[:, None]))
+    if shortest < longest:
+        live = torch.arange(longest, device=q.device) < lengths[:, None]  # [B, S]
+        k, v = (part.masked_fill(~live[:, None, :, None], 0.0) for part in (k, v))  # 0·NaN is NaN
+        if not causal:
+            mask = live[:, None, None] if mask is None else mask & live[:, None, None]
+    return attention(q, k, v, scale, mask, causal, softcap)
 
 
 def attend_listed_pages(
     q: Tensor,
     layout: RowLayout,
-    keys: Tensor,
-    values: Tensor,
+    storage: Tensor,
+    heads: slice,
     table: Tensor,
     lists: Tensor,
     lengths: Tensor,
@@ -126,22 +137,38 @@ def attend_listed_pages(
 ) -> Tensor:
     """One new token a row over listed pages: q [B, H, D] -> [B, H, D] in q's dtype.
 
-    keys, values [pages, Hk, page_size, width] of this layout, table [B, P] int32, lists [B, H or Hk, n] int32: logical
-    pages, none twice, the row's newest one last; negative ones are ignored. Only listed pages are read and unpacked.
+    Arguments as above; lists [B, H or Hk, n] int32: logical pages, none twice, the row's newest one last; negative ones
+    are ignored. Only listed pages are read and unpacked.
     """
     if q.is_cuda and not layout.quantised:
+        keys, values = storage[:, :, heads]
         part = attend_list(q, keys, values, table, lists, None, "page", lengths.int(), scale, softcap or None)
         return part.out.to(q.dtype)
-    (batch, list_heads, count), (kv_heads, page_size) = lists.shape, keys.shape[1:3]
+    (batch, list_heads, count), page_size = lists.shape, storage.shape[3]
     rows = torch.arange(batch, device=q.device)[:, None, None]
-    heads = torch.arange(list_heads, device=q.device)[:, None] // (list_heads // kv_heads)
     pages = table[rows, lists.clamp(min=0).long()].clamp(min=0).long()  # [B, list heads, n]
-    k, v = (part[pages, heads].flatten(2, 3) for part in (keys, values))  # [B, list heads, n·page_size, width]
+    numbers = _numbers(heads, q.device)
+    k, v = _rows(storage, pages, numbers.repeat_interleave(list_heads // len(numbers))[:, None])
     if batch == 1 and bool((lists >= 0).all()):  # whole pages, and what there is of the newest
         stop = (count - 1) * page_size + (int(lengths[0]) - 1) % page_size + 1
         k, v = (layout.unpack(part[:, :, :stop]) for part in (k, v))
         return attention(q[:, :, None], k, v, scale, softcap=softcap)[:, :, 0]
     position = lists[..., None] * page_size + torch.arange(page_size, device=q.device)  # [B, list heads, n, page_size]
     seen = ((lists[..., None] >= 0) & (position < lengths[:, None, None, None])).flatten(2)
-    k, v = (layout.unpack(part).masked_fill(~seen[..., None], 0.0) for part in (k, v))  # 0·NaN is NaN
+    k, v = (layout.unpack(part).masked_fill(~seen[..., None], 0.0) for part in (k, v))
     return attention(q[:, :, None], k, v, scale, seen[:, :, None], softcap=softcap)[:, :, 0]
+
+
+def _rows(storage: Tensor, pages: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of physical pages [B, h or 1, n] of heads [h, 1] as they are stored: keys and values
+    [B, h, n·page_size, width]. A page of a head is one run of memory, and is copied as one."""
+    blocks = pages * storage.shape[2] + heads
+    keys, values = (half.flatten(0, 1).index_select(0, blocks.flatten()) for half in storage)
+    return (
+        keys.view(*blocks.shape[:2], -1, storage.shape[4]),
+        values.view(*blocks.shape[:2], -1, storage.shape[4]),
+    )
+
+
+def _numbers(heads: slice, device: torch.device) -> Tensor:
+    return torch.arange(heads.start, heads.stop, device=device)

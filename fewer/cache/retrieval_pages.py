@@ -138,8 +138,7 @@ class RetrievalPages:
         plan = self._plan
         assert plan is not None
         self.write(layer, k, v)
-        keys, values = self.pool.storage[0][:, :, self.spans[layer]]
-        whole = self.layout, keys, values, self.pool.table
+        whole = self.layout, self.pool.storage[0], self.spans[layer], self.pool.table
         if not plan.listed:
             return attend_whole_rows(q, *whole, plan.lengths, scale, plan.mask, plan.causal, softcap)
         lists = self._chosen(layer, q[:, :, 0], plan)

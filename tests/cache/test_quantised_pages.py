@@ -120,8 +120,9 @@ def test_attention_reads_the_listed_pages_and_no_others(bits: Bits, softcap: flo
     listed = {int(pool.table[row, page]) for row in range(BATCH) for page in lists[row].flatten().unique() if page >= 0}
     for page in set(range(pool.pages)) - listed:
         pool.storage[:, :, page] = 255 if layout.quantised else torch.nan
-    keys, values = pool.storage[0]
-    found = attend_listed_pages(q, layout, keys, values, pool.table, lists, lengths, DIM**-0.5, softcap=softcap)
+    found = attend_listed_pages(
+        q, layout, pool.storage[0], slice(0, KV_HEADS), pool.table, lists, lengths, DIM**-0.5, softcap=softcap
+    )
     for row, text in enumerate(texts):
         for head in range(heads):
             pages = lists[row, head if per_query else head // GROUP].tolist()
@@ -138,8 +139,9 @@ def test_whole_rows_of_unequal_lengths_equal_attention_over_what_they_hold(bits:
     layout = layout_of(bits)
     pool, texts = filled_pool(layout)
     q = torch.randn(BATCH, KV_HEADS * GROUP, 2, DIM, generator=torch.Generator().manual_seed(5))
-    keys, values = pool.storage[0]
-    found = attend_whole_rows(q, layout, keys, values, pool.table, torch.tensor(LENGTHS), DIM**-0.5)
+    found = attend_whole_rows(
+        q, layout, pool.storage[0], slice(0, KV_HEADS), pool.table, torch.tensor(LENGTHS), DIM**-0.5
+    )
     for row, text in enumerate(texts):
         expected = attend(q[row : row + 1], text[0][None], text[1][None], DIM**-0.5)[0]
         torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
@@ -153,8 +155,9 @@ def test_what_lies_behind_the_end_of_a_row_does_not_reach_the_output(bits: Bits)
     q = torch.randn(BATCH, KV_HEADS * GROUP, DIM)
 
     def attended() -> Tensor:
-        keys, values = pool.storage[0]
-        return attend_listed_pages(q, layout, keys, values, pool.table, lists, torch.tensor(LENGTHS), DIM**-0.5)
+        return attend_listed_pages(
+            q, layout, pool.storage[0], slice(0, KV_HEADS), pool.table, lists, torch.tensor(LENGTHS), DIM**-0.5
+        )
 
     before = attended()
     pool.storage[:, :, pool.rows[0][4], :, LENGTHS[0] % SIZE :] = 255  # a scale that is not a number
