@@ -202,10 +202,10 @@ def test_levels_and_suffixes_merge_to_the_concatenation(lengths: list[int], own:
     for row in range(5):
         prefix = level.prefix_of(row)
         shared = [] if prefix is None else [pool[1, :, prefix, :, : lengths[prefix]]]
-        k, v = torch.cat([*shared, suffix[:, row, :, : own[row]]], 2).double()
-        wanted, total = attend(q[row, None].double(), k[None], v[None], 0.3)
-        torch.testing.assert_close(out[row], wanted[0].float(), atol=1e-5, rtol=0)
-        torch.testing.assert_close(lse[row], total[0].float(), atol=1e-5, rtol=0)
+        k, v = torch.cat([*shared, suffix[:, row, :, : own[row]]], 2)
+        wanted, total = attend(q[row, None], k[None], v[None], 0.3)
+        torch.testing.assert_close(out[row], wanted[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(lse[row], total[0], atol=1e-5, rtol=0)
 
 
 def test_prefixes_of_unequal_lengths_lie_without_padding() -> None:

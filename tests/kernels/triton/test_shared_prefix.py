@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewer.kernels.attention import attend
 from fewer.kernels.triton.shared_prefix import Blocks, attend_prefix, blocks_for, splits_for
 from tests.kernels.attention_problems import PrefixProblem, assert_equal, prefix_problem
 
@@ -42,3 +43,20 @@ def test_bfloat16_and_the_chosen_blocks(device: torch.device) -> None:
     check(case, device, blocks=None, tolerance=2**-7)
     assert blocks_for(1024, 8, 4, 128, 2, 1, 16384, 132) == Blocks(128, 64, 1, 8, 3)  # 256 programs: 1.94 waves
     assert splits_for(8, 64, 132) == 15  # 120 programs
+
+
+def test_pages_may_overlap(device: torch.device) -> None:
+    """Prefixes of 13 and 47 tokens behind one another: a page begins at any token, and reaches over the next ones."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(2, 2, 60, 64, generator=generator).to(device)  # keys and values [Hk, tokens, D]
+    keys, values = (part.as_strided((14, 2, 47, 64), (64, 60 * 64, 64, 1), part.storage_offset()) for part in flat)
+    q = torch.randn(5, 6, 64, generator=generator).to(device)
+    table, lengths, pointers = (
+        torch.tensor(part, dtype=torch.int32, device=device) for part in ([[0], [13]], [13, 47], [0, 2, 5])
+    )
+    found = attend_prefix(q, keys, values, table, lengths, pointers, 0.3, None, BLOCKS)
+    for rows, tokens in ((slice(2), slice(13)), (slice(2, 5), slice(13, 60))):
+        k, v = flat[:, None, :, tokens]
+        out, lse = attend(q[rows].transpose(0, 1)[None], k, v, 0.3)  # [1, H, rows, D]
+        wanted = out[0].transpose(0, 1).double().cpu(), lse[0].t().double().cpu()
+        assert_equal((found[0][rows], found[1][rows]), wanted, 2e-5)
