@@ -157,6 +157,7 @@ class PlacedCache(KVCache, Protocol):
     """A cache that lets a fast path write the keys and values of a single row into its stores, windows or not."""
 
     layout: Layout  # another object whenever a tensor was replaced
+    places_prompts: bool  # False: the fast path is for generated tokens, because the cache looks at a prompt's queries
 
     def can_place(self, tokens: int) -> bool:
         """Whether the next `tokens` of the row can be placed; it may change from step to step."""

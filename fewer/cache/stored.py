@@ -117,6 +117,7 @@ class StoredCache:
 
     slack: int | None = SLACK  # of any model; a cache without windows can take back everything
     keys_rotated = True
+    places_prompts = True
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from fewer.kernels.native import Unavailable, library
 from fewer.kernels.native import structures as c
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
-from fewer.model.step import Output, Step
+from fewer.model.step import Output, Role, Step
 from fewer.model.transformer import Layer, Transformer
 from fewer.slots import KVCache, Layout, PlacedCache, Placement
 
@@ -72,10 +72,12 @@ class NativeDecoder:
         self.most = min(c.MOST_ROWS, c.MOST_QUERIES // (self.config.heads // self.config.kv_heads))
         self.logits = torch.empty(1, self.config.vocab_size)
 
-    def accepts(self, cache: KVCache, tokens: int = 1) -> bool:
+    def accepts(self, cache: KVCache, tokens: int = 1, role: Role = "generated") -> bool:
         """Whether this cache's next tokens can be placed."""
         placed = cast(PlacedCache, cache)
-        return hasattr(cache, "can_place") and placed.can_place(tokens) and len(placed.layout.stores) <= c.MOST_KINDS
+        if not hasattr(cache, "can_place") or (role == "prompt" and not placed.places_prompts):
+            return False
+        return placed.can_place(tokens) and len(placed.layout.stores) <= c.MOST_KINDS
 
     def room(self, cache: KVCache) -> int | None:
         """How many tokens that holds for; None: any number."""
@@ -157,7 +159,8 @@ class NativeDecoder:
             for row, (first, bits) in enumerate(zip(place.first, sees, strict=True)):
                 visible.first[row], visible.sees[row] = first, bits
         outcome = self.decode(ctypes.byref(step), torch.get_num_threads())
-        assert outcome == 0, f"the native step refused {rows} rows"
+        if outcome:
+            raise IndexError(f"of tokens {list(tokens)} one is not among the {self.config.vocab_size} of the vocabulary")
 
     def _lay_out(self, layout: Layout) -> None:
         """Point the step at a cache's stores."""

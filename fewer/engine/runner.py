@@ -44,13 +44,8 @@ class Runner:
         if self.cuda is not None and _is_one_token(step) and self.cuda.accepts(cache, step.positions.shape[0]):
             return self._decode_rows(self.cuda, step, cache)
         native = self.single
-        placed = step.role == "generated" or getattr(cache, "places_prompts", True)
-        if (
-            placed
-            and isinstance(native, NativeDecoder)
-            and native.takes(step)
-            and native.accepts(cache, step.positions.shape[1])
-        ):
+        width = step.positions.shape[1]
+        if isinstance(native, NativeDecoder) and native.takes(step) and native.accepts(cache, width, step.role):
             with self._short_step():
                 output = native.run_step(step, cast(Any, cache))
         else:
