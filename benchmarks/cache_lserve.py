@@ -135,7 +135,8 @@ def score(session: Session, cue: list[int], answer: list[int]) -> tuple[float, f
 
 def texts(model: LanguageModel, length: int, count: int) -> tuple[Results, Results]:
     """(passkeys, mass of the first text) at one length."""
-    alphas, scores, shares = gates(model), {}, {}
+    alphas, shares = gates(model), dict[str, Any]()
+    scores: dict[str, list[tuple[float, float, int]]] = {}
     for number in range(count):
         text, cue, answer = passkey_text(model, length, number, count)
         session = full_session(model, length)
@@ -178,13 +179,16 @@ def step_times(heads: int, kv_heads: int, head_dim: int, lengths: list[int], bud
     found: Results = {}
     for length in lengths:
         row: Results = {}
-        for name, limit, interval, bits, shared in [
+        ways: list[tuple[str, int, int, Bits, bool]] = [
             ("everything", 2 * length, 4, 16, False),
             ("everything, 8 bits", 2 * length, 4, 8, False),
-            *((f"pages, every {interval}", budget, interval, 16, False) for interval in (1, 4, 16)),
+            ("pages, every 1", budget, 1, 16, False),
+            ("pages, every 4", budget, 4, 16, False),
+            ("pages, every 16", budget, 16, 16, False),
             ("pages for a key head, every 4", budget, 4, 16, True),
             ("pages, every 4, 8 bits", budget, 4, 8, False),
-        ]:
+        ]
+        for name, limit, interval, bits, shared in ways:
             layout = RowLayout(head_dim, bits, torch.bfloat16)
             choice = PageChoice(64, 16, limit, interval, shared)
             pages = RetrievalPages(1, [kv_heads], layout, choice, length + 128, CPU)
