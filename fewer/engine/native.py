@@ -108,17 +108,23 @@ class NativeDecoder:
 
     def run_step(self, step: Step, cache: PlacedCache) -> Output:
         """A step that `takes` allows; its tokens stay tentative. Logits and the final norm's output, as it asks."""
-        tokens, positions = cast(Tensor, step.tokens)[0], step.positions[0]
+        tokens, positions = cast(Tensor, step.tokens)[0].tolist(), step.positions[0].tolist()
         rows = len(tokens)
+        self._check(tokens)
         seen = _causal(rows) if step.mask == "causal" else _bits(cast(Tensor, step.ancestors)[0])
         logits, hidden = torch.empty(rows, self.config.vocab_size), torch.empty(rows, self.config.hidden_size)
         self.step.hidden = hidden.data_ptr()
-        self._run(tokens.tolist(), positions.tolist(), cache.place(step), seen, cache, logits)
+        self._run(tokens, positions, cache.place(step), seen, cache, logits)
         self.step.hidden = None
         if step.logits == "last":
             logits, hidden = logits[-1:], hidden[-1:]
             return Output(self._finish(logits), hidden.to(self.model.dtype))
         return Output(self._finish(logits)[None], hidden.to(self.model.dtype)[None])
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        rows = self.model.embed.shape[0]
+        if not all(0 <= token < rows for token in tokens):
+            raise IndexError(f"tokens {list(tokens)}: one is not among the {rows} that the model embeds")
 
     def _finish(self, logits: Tensor) -> Tensor:
         if self.config.logit_scale != 1.0:
@@ -128,6 +134,7 @@ class NativeDecoder:
         return logits
 
     def _run_one(self, token: int, position: int, cache: PlacedCache) -> None:
+        self._check((token,))
         self._run((token,), (position,), cache.place_one(position), (1,), cache, self.logits)
 
     def _run(
@@ -159,8 +166,7 @@ class NativeDecoder:
             for row, (first, bits) in enumerate(zip(place.first, sees, strict=True)):
                 visible.first[row], visible.sees[row] = first, bits
         outcome = self.decode(ctypes.byref(step), torch.get_num_threads())
-        if outcome:
-            raise IndexError(f"of tokens {list(tokens)} one is not among the {self.config.vocab_size} of the vocabulary")
+        assert outcome == 0, f"the native step refused tokens {list(tokens)}: {outcome}"
 
     def _lay_out(self, layout: Layout) -> None:
         """Point the step at a cache's stores."""

@@ -230,6 +230,16 @@ def test_attention_over_many_keys_equals_the_general_path(heads: tuple[int, int,
         compare(*sessions, 3, 1e-5 if dtype == torch.float32 else 3e-2)
 
 
+@every_way
+@pytest.mark.parametrize("token", [-1, 1 << 20])
+def test_a_token_beyond_the_vocabulary_is_refused(token: int, way: Way) -> None:
+    fast, _, _ = build(BASE, "float32", way)
+    session = new_session(fast.model, runner=fast)
+    with pytest.raises(IndexError):
+        session.decode([token])
+    assert session.lengths == [0]
+
+
 def test_layers_of_another_kind_take_the_general_path() -> None:
     class Counting(StoredLayer):
         calls = 0

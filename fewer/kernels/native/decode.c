@@ -204,10 +204,13 @@ static void decode(void *argument, int thread, int threads) {
     if (thread == 0) step->finite = strange == 0;
 }
 
-// Sets step->logits, best and finite, and stores the tokens' keys and values. Returns 0, or 1 for more than it can take.
+// Sets step->logits, best and finite, and stores the tokens' keys and values. Returns 0; 1 for more rows than it can take; 2
+// for a token that the embedding does not have.
 int fewer_decode(Step *step, int threads) {
     const Heads *heads = &step->model->heads;
     if (step->rows < 1 || step->rows > MOST_ROWS || step->rows * (heads->heads / heads->kv_heads) > MOST_QUERIES) return 1;
+    for (int row = 0; row < step->rows; row++)
+        if (step->token[row] < 0 || step->token[row] >= step->model->embed.part->rows) return 2;
     memset(step->best, 0, sizeof step->best);
     run_together(decode, step, threads);
     return 0;
