@@ -1,6 +1,7 @@
 """Fewer keys and values: one file a method, all behind `fewer.slots.KVCache`."""
 
 from fewer.cache.a2sf import A2sfCache, A2sfConfig
+from fewer.cache.duo_attention import DuoAttentionCache, DuoAttentionConfig
 from fewer.cache.full import FullCache
 from fewer.cache.h2o import H2OCache, H2OConfig
 from fewer.cache.hydragen import HydragenCache, HydragenConfig
@@ -17,6 +18,8 @@ from fewer.cache.tova import TovaCache, TovaConfig
 __all__ = [
     "A2sfCache",
     "A2sfConfig",
+    "DuoAttentionCache",
+    "DuoAttentionConfig",
     "FullCache",
     "H2OCache",
     "H2OConfig",

@@ -2,7 +2,7 @@
 
 A row's live slots are 0..count-1, in ascending position. New tokens go behind them and are tentative until `commit`.
 With a window, tokens that no later query may see are evicted when room runs out: the sinks and the last
-`window + SLACK` tokens stay, so that speculation can still roll back. Exactness never rests on eviction: visibility is
+`window + slack` tokens stay, so that speculation can still roll back. Exactness never rests on eviction: visibility is
 decided by position.
 """
 
@@ -36,10 +36,18 @@ class StepPlan:
 class SlotMap:
     """Slots of B rows in layers that keep `sinks` first tokens and a `window` of the last ones (None: all)."""
 
+    by_chunk = False  # all of a prompt's step sees what its first query does: `_mask` of a subclass says so
+
     def __init__(
-        self, batch: int, capacity: int, device: torch.device, window: int | None = None, sinks: int = 0
+        self,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        window: int | None = None,
+        sinks: int = 0,
+        slack: int = SLACK,
     ) -> None:
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks, self.slack = window, sinks, slack
         self.capacity = capacity = self.bounded(capacity)
         self.device = device
         self.counts = [0] * batch  # committed slots
@@ -49,7 +57,7 @@ class SlotMap:
 
     def bounded(self, tokens: int) -> int:
         """Slots needed for a text of this many tokens."""
-        return tokens if self.window is None else min(tokens, self.sinks + self.window + 2 * SLACK)
+        return tokens if self.window is None else min(tokens, self.sinks + self.window + 2 * self.slack)
 
     @property
     def budget(self) -> int:
@@ -62,7 +70,7 @@ class SlotMap:
 
     @property
     def evicts(self) -> bool:
-        return self.window is not None and self.capacity == self.sinks + self.window + 2 * SLACK
+        return self.window is not None and self.capacity == self.sinks + self.window + 2 * self.slack
 
     def plan(self, step: Step, new: list[int], width: int) -> tuple[StepPlan, Tensor | None]:
         """Place a step of `new[b]` tokens a row, padded to `width`. Also returns the eviction [B, n]: old slots that
@@ -140,15 +148,16 @@ class SlotMap:
         """Evict where `width` more tokens would not fit: old slots [B, n] that move to slots 0..n-1, or None."""
         if self.window is None or max(self.counts) + width <= self.capacity:
             return None
-        keep = self.sinks + self.window + SLACK
+        keep = self.sinks + self.window + self.slack
         moves = []
         for row, count in enumerate(self.counts):
             dropped = max(0, count - keep)
+            first = min(self.sinks, count)
             stays = (
-                torch.arange(self.sinks, device=self.device),
-                torch.arange(self.sinks + dropped, count, device=self.device),
+                torch.arange(first, device=self.device),
+                torch.arange(first + dropped, count, device=self.device),
             )
-            moves.append(torch.cat(stays) if count > self.sinks else torch.arange(count, device=self.device))
+            moves.append(torch.cat(stays))
             self.counts[row] = count - dropped
         return self._move(moves)
 
@@ -179,7 +188,7 @@ class SlotMap:
             if count - self.sinks < visible:
                 raise FewerError(
                     f"cannot go back to {position} tokens: the window's tokens before that are no longer stored; go "
-                    f"back less far (at least {SLACK} tokens are possible) or start again at 0"
+                    f"back less far (at least {self.slack} tokens are possible) or start again at 0"
                 )
         return count
 

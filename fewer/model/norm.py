@@ -8,6 +8,9 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x [..., d] of any dtype, weight [d] float32 -> [..., d] in `dtype`."""
+    if torch.is_grad_enabled() and x.requires_grad:  # nothing that a backward pass needs may be overwritten
+        values = x.float()
+        return (values * (values.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(dtype)
     if x.is_cuda:
         from fewer.kernels.triton.norm import rms_norm as fused
 

@@ -171,3 +171,5 @@ def test_schedules_warm_up_linearly_and_decay_to_the_final_share() -> None:
     assert learning_rate_factor("linear", 5, 10, final=0.2) == pytest.approx(0.6)
     assert learning_rate_factor("cosine", 10, 10, final=0.1) == pytest.approx(0.1)
     assert learning_rate_factor("constant", 9, 10) == 1.0
+    ramps = [learning_rate_factor("trapezoid", step, 12, 4, 0.3) for step in range(12)]
+    assert ramps == [0.3, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.3]
