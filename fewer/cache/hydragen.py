@@ -133,7 +133,10 @@ class HydragenCache(StoredCache):
 
     def shared_runs(self, prompts: Sequence[Sequence[int]]) -> Generator[tuple[KVCache, list[list[int]]]]:
         """Rows that hold something already take no part. The caches' rows are the prefixes of one level each."""
-        texts = [None if held else prompt for held, prompt in zip(self.committed, prompts, strict=True)]
+        if self.batch == 1:
+            return
+        before = list(self.committed)
+        texts = [None if held else prompt for held, prompt in zip(before, prompts, strict=True)]
         tree = prefix_levels(texts, self.settings.shortest, most=self.settings.levels)
         chosen = self._worthwhile(tree)
         shared: list[Shared] = []
@@ -151,13 +154,10 @@ class HydragenCache(StoredCache):
             if split:
                 starts = [cache.starts[row] for row in split]
                 shared.append(Shared(cache._as_level(split), [nodes[row] for row in split], starts))
-        spare = max(0, self.wanted - max(map(len, prompts)))
         self._adopt(shared, range(self.batch))
-        lengths = [
-            len(prompt) + (self.maps[0].counts[row] if self.committed[row] > start else -start)
-            for row, (prompt, start) in enumerate(zip(prompts, self.starts, strict=True))
-        ]
-        self._allocate(max(lengths) + spare)
+        own = [held + len(text) - start for held, text, start in zip(before, prompts, self.starts, strict=True)]
+        spare = 0 if any(before) else max(0, self.wanted - max(map(len, prompts)))  # for the answers
+        self._allocate(max(own) + spare)
         deepest = {row: node for nodes in tree for node in nodes for row in node.rows}
         for row, last in deepest.items():
             if last not in chosen:
