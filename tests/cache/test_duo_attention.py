@@ -26,7 +26,7 @@ from fewer.model.step import Step
 from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
 from fewer.slots import DraftTree
-from fewer.training import Adapter, Provenance
+from fewer.training import Adapter, Provenance, adapter_store, load_adapter
 from tests.cache.dense_reference import attention_at
 from tests.random_model import CPU, config_of, new_session, random_tokens, random_transformer, random_weights
 
@@ -467,3 +467,15 @@ def test_a_model_in_4_bits_runs_on_gates_from_a_file(tmp_path: Path) -> None:
     model = load(folder, weights="int4", cache=f"duo-attention:sinks=2,window=8,adapter={path}")
     answer = model.generate("the cat sat on the mat and " * 6, raw=True, max_tokens=20)
     assert len(answer.tokens) == 20 or answer.finish_reason == "stop"
+
+
+def test_shipped_gates_are_of_two_kinds_and_kept_nearly_all_of_the_models_answers() -> None:
+    shipped = sorted((adapter_store.SHIPPED / "duo-attention").glob("*.safetensors"))
+    assert shipped
+    for path in shipped:
+        adapter = load_adapter(path, "duo-attention")
+        gates, metrics = adapter.tensors[GATES], adapter.provenance.metrics
+        assert ((gates >= 0) & (gates <= 1)).all()
+        assert ((gates < 0.1) | (gates > 0.9)).float().mean() > 0.6  # few in between
+        assert metrics["distillation"] < 0.05 * metrics["all_streaming"]
+        assert 0.2 < metrics["mean_gate"] < 0.8
