@@ -3,7 +3,7 @@
     python -m benchmarks.cache_duo_attention
 
 - the gates of the model's adapter: how they are spread, and what training left of the distance;
-- a passkey at equal tokens held: gates learnt, by lot, the other way round, from profiles; windows and H2O in all heads;
+- a passkey at equal tokens held: gates learnt, by lot, inverted, from profiles; windows and H2O in all heads;
 - perplexity of a text and the passkey's negative log-likelihood as more heads stream;
 - bytes of keys and values against the formula 2·b·D·(ΣHf·T + ΣHs·(sinks + window));
 - time of a decoding step over caches that hold T tokens, and its slope in T.

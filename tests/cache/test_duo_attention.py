@@ -28,6 +28,7 @@ from fewer.recipe import Recipe
 from fewer.slots import DraftTree
 from fewer.training import Adapter, Provenance, adapter_store, load_adapter
 from tests.cache.dense_reference import attention_at
+from tests.engine import test_session_histories
 from tests.random_model import CPU, config_of, new_session, random_tokens, random_transformer, random_weights
 
 CONFIG = config_of(heads=6, kv_heads=3, head_dim=8, layers=3, context_length=2000)
@@ -374,6 +375,25 @@ def test_speculation_emits_the_plain_tokens() -> None:
         return texts
 
     assert run(PromptLookup(PromptLookupConfig(tokens=DRAFTED))) == run(None)
+
+
+@pytest.mark.parametrize("windows", [{}, {"sliding_window": 9, "sliding_layers": (True, False, False)}])
+@pytest.mark.parametrize("seed", range(2))
+def test_only_the_text_counts_and_not_how_it_came(
+    seed: int, windows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random prompts, steps, draft trees and rollbacks of three ragged rows; logits are those of the bare text."""
+    monkeypatch.setattr(test_session_histories, "SLACK", DRAFTED)
+
+    def make(config: ModelConfig, batch: int, capacity: int, *_: object) -> DuoAttentionCache:
+        return duo(config, GATES_OF_3, batch, capacity)
+
+    model = random_transformer(config_of(heads=6, kv_heads=3, layers=3, context_length=4000, **windows))
+    histories = test_session_histories.Histories(model, (make,), seed)
+    while max(histories.session.lengths) < 320:
+        actions = histories.prefill, histories.decode, histories.verify, histories.rollback
+        histories.dice.choices(actions, (3, 3, 4, 1))[0]()
+        assert histories.session.lengths == [len(text) for text in histories.texts]
 
 
 def test_drafts_longer_than_the_slack_are_refused() -> None:
