@@ -4,6 +4,7 @@
 
 - `retrieval`: a passkey in a text. The text is prefilled once; the question and the answer are then fed token by token
   through each cache, so that every token after the text is read by selection. Caches that drop keys prefill it again.
+- `reselection`: the same with one text, for every layer that may select again.
 - `overlap`: what the shipped adapters say of every layer's best tokens.
 - `time`: CPU time of a decoding step over caches filled with random keys, one thread, and the slope over their length.
 - `correction`: how far keys of sparsely generated tokens are from those of a dense prefill, before and after.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.records import RESULTS, write
+from benchmarks.records import RESULTS, read, write
 from fewer.cache import FullCache
 from fewer.cache.selected import SelectedCache
 from fewer.engine.runner import Runner
@@ -88,6 +89,22 @@ def retrieval(model: LanguageModel, count: int, length: int, words: int) -> Resu
     }
 
 
+@torch.inference_mode()
+def reselection(model: LanguageModel, length: int = 1024, words: int = 4, budget: int = 128) -> Results:
+    """How much the answer hangs on the layer that selects again: nats a token of one text's answer, for each r."""
+    ((text, cue, answer),) = texts(model, 1, length, words, seed=1)
+    prefilled = FullCache(model.config, 1, length, model.transformer.dtype, model.transformer.device)
+    Session(model.runner, prefilled, model.context_length).prefill([text])
+    choices = ["none", *map(str, range(3, model.config.layers - 1))]
+    found: Results = {"length": length, "words": words, "budget": budget}
+    for spec in (f"quest:budget={budget}", *(f"tidal-decode:budget={budget},reselect={r}" for r in choices)):
+        session = model.with_recipe(Recipe(cache=spec)).session(1, length)
+        assert isinstance(session.cache, SelectedCache)
+        session.cache.adopt(prefilled)
+        found[spec] = round(score(session, cue, answer)[0], 3)
+    return found
+
+
 def score(session: Session, cue: list[int], answer: list[int]) -> tuple[float, float]:
     """Feeds the question and the answer one token at a time: (mean nats a token, share of tokens on top)."""
     for token in cue:
@@ -122,10 +139,11 @@ def overlap(model: LanguageModel) -> Results:
 
 
 @torch.inference_mode()
-def step_seconds(model: LanguageModel, spec: str, length: int, repeats: int) -> float:
-    """The least CPU time of a step on the general path over `length` random keys."""
+def step_seconds(model: LanguageModel, spec: str, length: int, repeats: int, in_c: bool = False) -> float:
+    """The least CPU time of a step over `length` random keys, on the general path unless `in_c`."""
     runner = Runner(model.transformer)
-    runner.single = None  # the C step would serve `full` alone
+    if not in_c:
+        runner.single = None  # the step in C serves `full` alone
     session = Session(runner, model.with_recipe(Recipe(cache=spec)).new_cache(1, length + 8), model.context_length)
     filled = FullCache(model.config, 1, length, model.transformer.dtype, model.transformer.device)
     filled.pools[0].copy_(torch.randn(filled.pools[0].shape, generator=torch.Generator().manual_seed(0)))
@@ -147,15 +165,16 @@ def step_seconds(model: LanguageModel, spec: str, length: int, repeats: int) -> 
 def timing(model: LanguageModel, lengths: list[int], repeats: int) -> Results:
     specs = ["full", "tidal-decode:budget=256", "tidal-decode:budget=256,sets=key-head", "quest:budget=256"]
     found: Results = {}
-    for spec in specs:
-        seconds = [step_seconds(model, spec, length, repeats) for length in lengths]
-        found[spec] = {
+    for name in (*specs, "full, in C"):
+        spec, in_c = name.removesuffix(", in C"), name.endswith(", in C")
+        seconds = [step_seconds(model, spec, length, repeats, in_c) for length in lengths]
+        found[name] = {
             "milliseconds": {str(length): round(1e3 * one, 2) for length, one in zip(lengths, seconds, strict=True)},
             "milliseconds_per_1000_tokens": round(1e6 * slope(lengths, seconds), 3),
         }
     dense = found["full"]["milliseconds_per_1000_tokens"]
-    for spec in specs:
-        found[spec]["slope_of_full"] = round(found[spec]["milliseconds_per_1000_tokens"] / dense, 3)
+    for each in found.values():
+        each["slope_of_full"] = round(each["milliseconds_per_1000_tokens"] / dense, 3)
     found["dense_layers_of_all"] = round(4 / model.config.layers, 3)
     return found
 
@@ -194,10 +213,16 @@ def distance(one: Session, other: Session, start: int, tokens: int) -> float:
     return float((parts[0] - parts[1]).norm() / parts[1].norm())
 
 
+PARTS = ("overlap", "correction", "time", "retrieval", "reselection")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "qwen-coder-0.5b"])
-    parser.add_argument("--texts", type=int, nargs="+", default=[4, 2], help="of each model")
+    parser.add_argument("--models", nargs="+", default=["smollm2"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they were measured"
+    )
+    parser.add_argument("--texts", type=int, default=4, help="with a passkey")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text, its question and its answer")
     parser.add_argument("--words", type=int, default=6, help="of a passkey")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8000], help="of the timed caches")
@@ -205,19 +230,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    report: Results = {"environment": machine(), "settings": {**vars(options), "out": None, "budgets": list(BUDGETS)}}
-    del report["settings"]["out"]
-    for name, count in zip(options.models, options.texts, strict=True):
+    report: Results = read("cache_tidal_decode", options.out) or {}
+    for name in options.models:
         model = load(name)
-        own: Results = {"layers": model.config.layers, "dtype": str(model.transformer.dtype).removeprefix("torch.")}
+        dtype = str(model.transformer.dtype).removeprefix("torch.")
+        own = report.setdefault(name, {}) | {"environment": machine(), "layers": model.config.layers, "dtype": dtype}
         report[name] = own
-        own["overlap"] = overlap(model)
-        own["correction"] = correction(model)
-        own["time"] = timing(model, options.lengths, options.repeats)
+        if "overlap" in options.parts:
+            own["overlap"] = overlap(model)
+        if "correction" in options.parts:
+            own["correction"] = correction(model)
+        if "time" in options.parts:
+            own["time"] = {"repeats": options.repeats, **timing(model, options.lengths, options.repeats)}
+        if "retrieval" in options.parts:
+            about = {"texts": options.texts, "length": options.length, "words": options.words}
+            own["retrieval"] = about | {"caches": retrieval(model, options.texts, options.length, options.words)}
+        if "reselection" in options.parts:
+            own["reselection"] = reselection(model)
         write(options.out / "cache_tidal_decode.json", report)
-        own["retrieval"] = retrieval(model, count, options.length, options.words)
-        write(options.out / "cache_tidal_decode.json", report)
-        print(name, own)
 
 
 if __name__ == "__main__":
