@@ -18,7 +18,7 @@ from fewer.kernels.attention import merge
 from fewer.kernels.attention_part import attention_part
 from fewer.kernels.shared_prefix import attend_prefix
 
-ROWS, REPEATS = 16, 2
+ROWS, REPEATS = 16, 3
 BYTES = 1 << 24  # of keys and values that the rows of the measurement read: more than a core's caches hold
 
 
@@ -50,16 +50,25 @@ def split_cost(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, dev
     def prefix(length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return attend_prefix(q, k, v, table, length, pointers, scale)
 
-    rows = seconds(lambda: attention_part(q[:, :, None], k, v, scale), device)
-    level = seconds(lambda: merge([prefix(torch.ones_like(length))] * 2), device)
-    whole = seconds(lambda: prefix(length), device)
+    others = torch.zeros(BYTES // 4, device=device)
+
+    def taken(call: Callable[[], object]) -> float:
+        return seconds(call, lambda: others.add_(1.0), device)
+
+    rows = taken(lambda: attention_part(q[:, :, None], k, v, scale))
+    level = taken(lambda: merge([prefix(torch.ones_like(length))] * 2))
+    whole = taken(lambda: prefix(length))
     return SplitCost(rows / (ROWS * tokens), max(0.0, whole - level) / (ROWS * tokens), level)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few calls, after one that warms up."""
+def seconds(call: Callable[[], object], evict: Callable[[], object], device: torch.device) -> float:
+    """The fastest of a few calls, after one that warms up. In between the caches fill with something else, as they do
+    from one layer's attention to the next's."""
     times = []
     for _ in range(REPEATS + 1):
+        evict()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         if device.type == "cuda":
