@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewer.cache.duo_attention import DuoAttentionCache, DuoAttentionConfig
 from fewer.cache.full import FullCache
 from fewer.cache.head_gates import retrieval_heads
 from fewer.cache.lserve import LServeCache, LServeConfig
@@ -170,6 +171,21 @@ def test_static_sparsity_alone_is_the_window_of_each_head_however_the_prompt_is_
         expected = theirs.decode(tokens)
         for session in ours:
             close(session.decode(tokens), expected)
+
+
+def test_static_sparsity_alone_is_duo_attention_with_exact_windows() -> None:
+    ours = lserve(MODELS["gqa"], replace(SMALL, budget=512, prefill_window=8), 2, chunk=16)
+    settings = DuoAttentionConfig(sparsity=0.5, sinks=4, window=8, prefill="exact")
+
+    def make(config: ModelConfig, *arguments: Any) -> DuoAttentionCache:
+        return DuoAttentionCache(*(config, *arguments, settings), adapter=gates_for(config))
+
+    theirs = cut_into(16, new_session(MODELS["gqa"], 2, make))
+    prompts = [random_tokens(60, seed=1), random_tokens(21, seed=2)]
+    close(ours.prefill(prompts), theirs.prefill(prompts))
+    for step in range(20):
+        tokens = random_tokens(2, seed=step)
+        close(ours.decode(tokens), theirs.decode(tokens))
 
 
 @pytest.mark.parametrize("sets", ["query-head", "key-head"])
