@@ -6,7 +6,7 @@
 - a passkey at equal tokens held: gates learnt, by lot, inverted, from profiles; windows and H2O in all heads;
 - perplexity of a text and the passkey's negative log-likelihood as more heads stream;
 - bytes of keys and values against the formula 2·b·D·(ΣHf·T + ΣHs·(sinks + window));
-- time of a decoding step over caches that hold T tokens, and its slope in T.
+- time of a decoding step over caches that hold T tokens, and the share of attention's time that is left.
 
 Writes `results/cache_duo_attention.json` after every row.
 """
@@ -155,17 +155,16 @@ def measure_steps(model: LanguageModel, lengths: Sequence[int]) -> Iterator[dict
             yield row
 
 
-def slopes(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Milliseconds for 1,000 more tokens, between the shortest and the longest text."""
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    dense = None
-    for name in names:
-        own = [row for row in rows if row["policy"] == name]
-        first, last = own[0], own[-1]
-        slope = 1000 * (last["step_ms"] - first["step_ms"]) / (last["tokens"] - first["tokens"])
-        dense = slope if dense is None else dense
-        yield {"policy": name, "ms_per_1000_tokens": slope, "of_full": slope / dense,
-               "bytes_of_full": last["kv_bytes"] / rows[len(rows) - len(names)]["kv_bytes"]}  # fmt: skip
+def shares_of_attention(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What a step costs beyond one of streaming heads alone, as a share of what the full cache costs beyond it.
+    Policies take turns within a length, so this holds where the machine's speed drifts between lengths."""
+    for length in dict.fromkeys(row["tokens"] for row in rows):
+        of = {row["policy"]: row for row in rows if row["tokens"] == length}
+        floor, full = of["duo 1.0"]["step_ms"], of["full"]
+        for name, row in of.items():
+            time_left = (row["step_ms"] - floor) / (full["step_ms"] - floor)
+            yield {"policy": name, "tokens": length, "time": time_left, "bytes": row["kv_bytes"] / full["kv_bytes"],
+                   "speedup": full["step_ms"] / row["step_ms"]}  # fmt: skip
 
 
 def main() -> None:
@@ -210,7 +209,7 @@ def main() -> None:
                 write(options.out, report)
                 print(part, row, flush=True)
     if "steps" in report:
-        report["slopes"] = list(slopes(report["steps"]))
+        report["shares_of_attention"] = list(shares_of_attention(report["steps"]))
     write(options.out, report)
 
 
