@@ -77,6 +77,7 @@ class SplitHeadCache:
 
     keys_rotated = True
     renumbers = False
+    places_prompts = True
     max_step: int | None = None
 
     def __init__(

@@ -33,7 +33,7 @@ from fewer.cache.selected import (
 )
 from fewer.cache.slot_map import SLACK, SlotMap
 from fewer.cache.tidal_calibration import TidalFitConfig, fit_reselection
-from fewer.errors import UsageError
+from fewer.errors import CheckpointError, UsageError
 from fewer.model.config import ModelConfig
 from fewer.slots import method
 from fewer.training import Adapter
@@ -167,7 +167,8 @@ class TidalDecodeCache(SelectedCache):
 
 
 def _selecting(config: ModelConfig, settings: TidalDecodeConfig, adapter: Adapter | None) -> list[int]:
-    """The layers that select, ascending. Raises UsageError for layers that cannot."""
+    """The layers that select, ascending. Raises UsageError for layers that cannot, CheckpointError for an adapter
+    that names none."""
     able = selecting_layers(config, settings.start)
     if not able:
         return []
@@ -180,7 +181,12 @@ def _selecting(config: ModelConfig, settings: TidalDecodeConfig, adapter: Adapte
                 "tidal-decode: no re-selection layer was fitted: run `fewer train tidal-decode`, or name one with "
                 "reselect="
             )
-        again = [layer for layer in adapter.tensors["reselect"].tolist() if layer > able[0]]
+        fitted = adapter.tensors.get("reselect")
+        if fitted is None or not set(fitted.flatten().tolist()) <= set(range(config.layers)):
+            raise CheckpointError(
+                f"tidal-decode: the adapter names no layer of this model, which has {config.layers}: fit it again"
+            )
+        again = [layer for layer in fitted.flatten().tolist() if layer > able[0]]
     elif settings.reselect != "none":
         again = [int(number) for number in settings.reselect.split("+")]
         wrong = [layer for layer in again if layer not in able[1:]]
