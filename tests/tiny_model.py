@@ -48,9 +48,15 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML) -> Tokeniz
 
 
 def write_model(
-    folder: Path, seed: int = 0, chat_template: str | None = CHATML, context: int = 256, layers: int = 2
+    folder: Path,
+    seed: int = 0,
+    chat_template: str | None = CHATML,
+    context: int = 256,
+    layers: int = 2,
+    spread: float = 2.0,
 ) -> Path:
-    """A small model in `folder`, dense in bfloat16; the same weights for the same seed."""
+    """A small model in `folder`, dense in bfloat16; the same weights for the same seed. With a small `spread` it says
+    again and again what it has just read."""
     source = folder.with_name(f"{folder.name}-tokenizer")
     source.mkdir(parents=True)
     tokenizer = write_tokenizer(source, chat_template)
@@ -63,7 +69,7 @@ def write_model(
         context_length=context,
         tied_embeddings=True,
     )
-    weights = random_weights(config, seed)
+    weights = random_weights(config, seed, spread)
     write_folder(
         folder,
         config,
