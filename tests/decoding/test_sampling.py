@@ -39,7 +39,7 @@ def reference(logits: Tensor, config: SamplingConfig, history: list[int] = []) -
     law = {token: math.exp(scores[token] - scores[order[0]]) / total for token in kept}
     nucleus, mass = [], 0.0
     for token in kept:
-        if mass >= config.top_p:
+        if mass >= config.top_p and config.top_p < 1:  # rounded sums reach 1 early
             break
         nucleus.append(token)
         mass += law[token]
