@@ -100,6 +100,11 @@ class CorrectedCache(Protocol):
         """The last tokens of each row that are to be fed again as a prompt, from where they stand; None: none now."""
         ...
 
+    def before_due(self, row: int) -> int | None:
+        """The most tokens that one pass may bring to `row` without running past the place where some become due, so
+        that drafts see the keys that plain decoding would; None: any number."""
+        ...
+
 
 @runtime_checkable
 class SharingCache(Protocol):

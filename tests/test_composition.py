@@ -47,7 +47,7 @@ SMALL = {
     "random-topk": ["budget=8,start=1"],
     "sink-window": ["sinks=2,window=14", "sinks=2,window=14,renumber=true"],
     "snapkv": ["budget=24,window=16"],
-    "tidal-decode": ["budget=8,start=1"],
+    "tidal-decode": ["budget=8,start=1", "budget=8,start=0,reselect=none,correct_every=4"],
     "tova": ["budget=24", "budget=24,mode=stepwise"],
 }
 # Settings with which a lossy cache keeps and reads everything.

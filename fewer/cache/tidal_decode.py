@@ -151,6 +151,13 @@ class TidalDecodeCache(SelectedCache):
             return None
         return [list(tokens) if len(tokens) >= every else [] for tokens in self._sparse]
 
+    def before_due(self, row: int) -> int | None:
+        every, noted = self.settings.correct_every, len(self._sparse[row])
+        if not every:
+            return None
+        whole = 0 if noted else max(0, self.settings.budget - self.committed[row])  # tokens that read everything
+        return whole + every - (noted if noted < every else 0)
+
     def _note(self, kept: Sequence[int | Sequence[int]]) -> None:
         """Remember the step's tokens, from the first on that was read sparsely."""
         step = self._step
@@ -161,9 +168,11 @@ class TidalDecodeCache(SelectedCache):
             return
         if self._selection is None and not any(self._sparse):
             return
-        for tokens, of_row, choice in zip(self._sparse, step.tokens.tolist(), kept, strict=True):
-            if self._selection is not None or tokens:
-                tokens += of_row[:choice] if isinstance(choice, int) else [of_row[index] for index in choice]
+        for row, (of_row, choice) in enumerate(zip(step.tokens.tolist(), kept, strict=True)):
+            added = of_row[:choice] if isinstance(choice, int) else [of_row[index] for index in choice]
+            if not self._sparse[row]:  # those that the budget holds have read everything
+                added = [] if self._selection is None else added[max(0, self.settings.budget - self.committed[row]) :]
+            self._sparse[row] += added
 
 
 def _selecting(config: ModelConfig, settings: TidalDecodeConfig, adapter: Adapter | None) -> list[int]:

@@ -16,7 +16,7 @@ from fewer.decoding.sampling import Sampler, SamplingConfig, argmax, log_probabi
 from fewer.decoding.verifier import Verdict, Verifier
 from fewer.engine.session import Session
 from fewer.errors import UsageError
-from fewer.slots import Drafter, DraftTree
+from fewer.slots import CorrectedCache, Drafter, DraftTree
 
 Finish = Literal["stop", "length"]
 
@@ -172,6 +172,9 @@ def _draft(session: Session, row: _Row, length: int) -> DraftTree:
         limit = min(limit, session.context_length - length - 2)
     if session.cache.max_step is not None:
         limit = min(limit, session.cache.max_step - 1)
+    if isinstance(session.cache, CorrectedCache):
+        room = session.cache.before_due(row.index)
+        limit = limit if room is None else min(limit, room - 1)
     if limit < 1:
         return trees.root(root)
     draft = trees.cut(trees.merge_duplicates(row.drafter.propose(row.context, limit)), limit)
