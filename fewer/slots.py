@@ -151,7 +151,8 @@ class Placement(NamedTuple):
     # width is a multiple of 16, and what lies behind `stop` is undefined
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Layout:
     """Where a single row's keys and values lie: heads are of a few kinds, and each kind has a store."""
 
     stores: Sequence[tuple[Tensor, Tensor]]  # keys (rotated) and values, of equal strides; a head's slots are rows of D

@@ -11,7 +11,8 @@ compiler, `fewer.engine.single_token` serves.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -62,7 +63,9 @@ class NativeDecoder:
         assert isinstance(code, ctypes.CDLL)
         self.decode = code.fewer_decode
         self.model, self.config = model, model.config
-        self.layout: Layout | None = None  # of the cache that ran last
+        self.laid_out: Callable[[], Layout | None] = lambda: (
+            None
+        )  # the layout of the cache that ran last, while it lives
         self.homes = torch.empty(0)  # [L · Hk, 2] int64, the `Home` of each head
         self.held: list[Any] = []  # what the structures point at
         self.step = c.Step(model=ctypes.pointer(self._describe()))
@@ -155,8 +158,9 @@ class NativeDecoder:
             table = rotary.table(max(positions) + 1, logits.device)
             turns.append(table[list(positions)] if rows > 1 else table[positions[0]])
             step.turns[index] = turns[-1].data_ptr()
-        if cache.layout is not self.layout:
-            self._lay_out(cache.layout)
+        layout = cache.layout
+        if self.laid_out() is not layout:
+            self._lay_out(layout)
         step.slots = None if placement.slots is None else placement.slots.data_ptr()
         step.weights = None if placement.weights is None else placement.weights.data_ptr()
         step.width = 0 if placement.weights is None else placement.weights.stride(1)
@@ -170,7 +174,7 @@ class NativeDecoder:
 
     def _lay_out(self, layout: Layout) -> None:
         """Point the step at a cache's stores."""
-        self.layout, step = layout, self.step
+        self.laid_out, step = weakref.ref(layout), self.step
         for kind in range(c.MOST_KINDS):
             step.store[kind].keys = None
         for store, (keys, values) in zip(step.store, layout.stores, strict=False):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -254,6 +256,17 @@ def test_layers_of_another_kind_take_the_general_path() -> None:
     session.decode([3])
     list(session.greedy(4, 3))
     assert Counting.calls == 4 * len(session.cache.layers)
+
+
+@no_compiler
+def test_a_cache_that_is_given_up_is_freed() -> None:
+    fast, _, _ = build(BASE, "float32", NativeDecoder)
+    session = new_session(fast.model, runner=fast)
+    session.decode([3])
+    pool = weakref.ref(session.cache.pools[0])  # type: ignore[attr-defined]
+    del session
+    gc.collect()
+    assert pool() is None
 
 
 @no_compiler
