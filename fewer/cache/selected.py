@@ -77,7 +77,8 @@ class SelectedLayer(StoredLayer):
         return self.gather(q, self.choose(q, selection, mask), selection, mask)
 
     def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
-        """Slots [B·T, H or Hk, n] int32 that the queries attend to; negative or invisible ones count as none."""
+        """Slots [B·T, H or Hk, n] int32 that the queries attend to; negative or invisible ones count as none.
+        A layer supplies this, or an `attend_some` of its own."""
         raise NotImplementedError
 
     def gather(self, q: Tensor, slots: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
