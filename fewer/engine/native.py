@@ -63,9 +63,7 @@ class NativeDecoder:
         assert isinstance(code, ctypes.CDLL)
         self.decode = code.fewer_decode
         self.model, self.config = model, model.config
-        self.laid_out: Callable[[], Layout | None] = lambda: (
-            None
-        )  # the layout of the cache that ran last, while it lives
+        self.laid_out: Callable[[], Layout | None] = lambda: None  # of the cache that ran last, while it lives
         self.homes = torch.empty(0)  # [L · Hk, 2] int64, the `Home` of each head
         self.held: list[Any] = []  # what the structures point at
         self.step = c.Step(model=ctypes.pointer(self._describe()))
