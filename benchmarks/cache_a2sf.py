@@ -35,7 +35,7 @@ from fewer.evaluation.needle import Cell, NeedleSettings, needle
 from fewer.evaluation.perplexity import perplexity
 from fewer.language_model import LanguageModel
 from fewer.recipe import Recipe
-from fewer.slots import method
+from fewer.registry import method
 from fewer.training.haystack import Haystack, filler
 
 ALPHAS = (0.0, 0.2, 0.5, 0.9)

@@ -36,7 +36,7 @@ from fewer.evaluation.needle import Cell, NeedleSettings, needle
 from fewer.evaluation.perplexity import perplexity
 from fewer.language_model import LanguageModel
 from fewer.recipe import Recipe
-from fewer.slots import parse_spec
+from fewer.registry import parse_spec
 from fewer.training import Adapter, Haystack, Provenance, save_adapter
 from fewer.training.adapter_store import find_adapter
 from fewer.training.haystack import filler

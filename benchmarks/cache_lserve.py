@@ -37,7 +37,7 @@ from fewer.evaluation.machine import machine
 from fewer.evaluation.perplexity import surprise
 from fewer.language_model import LanguageModel, load
 from fewer.model.step import Step
-from fewer.slots import parse_spec
+from fewer.registry import parse_spec
 from fewer.training.adapter_store import find_adapter
 from fewer.training.adapters import Adapter, Provenance
 from fewer.training.haystack import Haystack, filler

@@ -11,7 +11,7 @@ from typing import Any
 from fewer.checkpoint.aliases import ALIASES, DEFAULT_MODEL
 from fewer.cli.catalogue import catalogue
 from fewer.evaluation.columns import megabytes, percent, rate, small
-from fewer.slots import DEFAULTS
+from fewer.registry import DEFAULTS
 
 Report = dict[str, Any]
 Text = Callable[[float], str]

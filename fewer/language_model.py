@@ -24,7 +24,8 @@ from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
-from fewer.slots import Choice, KVCache, Slot
+from fewer.registry import Choice, Slot
+from fewer.slots import KVCache
 
 GREEDY = SamplingConfig()
 Messages = Sequence[dict[str, str]]

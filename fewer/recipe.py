@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import yaml
 
 from fewer.errors import UsageError
-from fewer.slots import DEFAULTS, SLOTS, Choice, Slot, check_drafts, parse_spec
+from fewer.registry import DEFAULTS, SLOTS, Choice, Slot, check_drafts, parse_spec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fewer.decoding.sampling import SamplingConfig
 from fewer.errors import FewerError, UsageError
 from fewer.language_model import LanguageModel, load
 from fewer.recipe import Recipe
-from fewer.slots import find, methods
+from fewer.registry import find, methods
 from fewer.training import Adapter, Provenance, adapter_store, save_adapter
 from tests.random_model import random_tokens
 from tests.tiny_model import write_model

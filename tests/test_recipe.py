@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fewer import slots
+from fewer import registry
 from fewer.cache import SinkWindowConfig
 from fewer.errors import UsageError
 from fewer.recipe import Recipe
-from fewer.slots import SLOTS, method, methods, parse_spec
+from fewer.registry import SLOTS, method, methods, parse_spec
 
 
 def test_a_spec_sets_fields_of_the_config() -> None:
@@ -71,7 +71,7 @@ def test_a_method_that_needs_a_setting_says_how_to_write_it(name: str) -> None:
 
 
 def test_an_incompatible_recipe_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_METHODS", dict(slots._METHODS))  # what is registered here is gone afterwards
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # what is registered here is gone afterwards
     reason = "it cannot take back rejected guesses"
     method("one-way", slot="cache", lossless=True, conflicts={"decoding:prompt-lookup": reason})(object)
     assert Recipe(cache="one-way").cache == "one-way"

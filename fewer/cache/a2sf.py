@@ -22,7 +22,7 @@ import torch
 from fewer.cache.eviction import Eviction, Mode, Positions, remembered_queries
 from fewer.cache.scored import ScoredCache
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

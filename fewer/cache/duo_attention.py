@@ -32,7 +32,7 @@ from fewer.cache.split_heads import SplitHeadCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
-from fewer.slots import method
+from fewer.registry import method
 
 if TYPE_CHECKING:
     from fewer.training import Adapter

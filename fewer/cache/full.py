@@ -10,7 +10,7 @@ import torch
 
 from fewer.cache.stored import StoredCache
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @method("full", slot="cache", lossless=True)

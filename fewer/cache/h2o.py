@@ -17,7 +17,7 @@ from fewer.cache.eviction import Eviction, Mode, Positions
 from fewer.cache.scored import ScoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

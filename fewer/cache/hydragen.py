@@ -28,7 +28,8 @@ from fewer.kernels.list_attention import attend_list
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import KVCache, method
+from fewer.registry import method
+from fewer.slots import KVCache
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import method
+from fewer.registry import method
 
 if TYPE_CHECKING:
     from fewer.training import Adapter

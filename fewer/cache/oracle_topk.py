@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewer.cache.selected import SelectedCache, SelectedLayer, Selection, Sets, check_budget, check_start
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from fewer.kernels.paged_attention import paged_attention
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import KVCache, method
+from fewer.registry import method
+from fewer.slots import KVCache
 
 
 @dataclass(frozen=True)

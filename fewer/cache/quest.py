@@ -28,7 +28,7 @@ from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fewer.cache.eviction import Eviction
 from fewer.cache.scored import ScoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 SLACK = 16  # tokens that can be taken back: no more than the smallest window, which is held whole
 

@@ -35,7 +35,7 @@ from fewer.cache.slot_map import SLACK, SlotMap
 from fewer.cache.tidal_calibration import TidalFitConfig, fit_reselection
 from fewer.errors import CheckpointError, UsageError
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 from fewer.training import Adapter
 
 

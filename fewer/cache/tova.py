@@ -14,7 +14,7 @@ from torch import Tensor
 from fewer.cache.eviction import Eviction, Mode
 from fewer.cache.scored import ScoredCache
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The registered methods, read from their source: a listing and shell completion must not wait for torch.
 
 A method file carries everything that is shown: `@method(...)` with literal arguments, the first line of its docstring,
-and the config dataclass with defaults and a comment a field. The registry of `fewer.slots` is what runs them.
+and the config dataclass with defaults and a comment a field. `fewer.registry` is what runs them.
 """
 
 from __future__ import annotations

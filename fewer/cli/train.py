@@ -16,7 +16,7 @@ from fewer.cli.progress import Bars
 from fewer.errors import UsageError
 
 if TYPE_CHECKING:
-    from fewer.slots import Method
+    from fewer.registry import Method
     from fewer.training import StepRecord
 
 LINES = 10  # of progress, over a whole run
@@ -86,7 +86,7 @@ def train(
 
 def fit_settings(method: Method, items: list[str], options: dict[str, int | None]) -> Any:
     """The method's `fit_config` from `key=value` items and from options, which are given once. Raises UsageError."""
-    from fewer.slots import parse_settings
+    from fewer.registry import parse_settings
 
     given: dict[str, str] = {key: str(value) for key, value in options.items() if value is not None}
     for item in items:

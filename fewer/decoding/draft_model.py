@@ -20,7 +20,8 @@ from fewer.decoding.sampling import DRAFT_STREAM, Sampler, SamplingConfig, argma
 from fewer.engine.session import Session
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
-from fewer.slots import Drafter, DraftTree, method
+from fewer.registry import method
+from fewer.slots import Drafter, DraftTree
 
 PROBED_TOKENS = 2000  # ids whose spelling is compared between the two vocabularies
 

@@ -6,7 +6,8 @@ The baseline of every other decoding method.
 from __future__ import annotations
 
 from fewer.decoding.sampling import SamplingConfig
-from fewer.slots import Drafter, method
+from fewer.registry import method
+from fewer.slots import Drafter
 
 
 @method("plain", slot="decoding", lossless=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fewer.decoding import tree
 from fewer.decoding.sampling import SamplingConfig
 from fewer.errors import UsageError
-from fewer.slots import Drafter, DraftTree, method
+from fewer.registry import method
+from fewer.slots import Drafter, DraftTree
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from fewer.checkpoint.checkpoint import Checkpoint
 from fewer.errors import UsageError
 from fewer.formats import WeightFormat
 from fewer.model.transformer import Transformer
-from fewer.slots import DTYPES, Choice, ExpertsMethod, WeightMethod
+from fewer.registry import DTYPES, Choice
+from fewer.slots import ExpertsMethod, WeightMethod
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fewer.evaluation.speed import Spread
 from fewer.recipe import Recipe
-from fewer.slots import SLOTS
+from fewer.registry import SLOTS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from fewer.formats.base import WeightFormat
 from fewer.model.config import ExpertsConfig
 from fewer.model.experts import ResidentStore, TopKRouter
 from fewer.model.feed_forward import FeedForward
-from fewer.slots import method
+from fewer.registry import method
 
 
 @method("resident", slot="experts", lossless=True)

@@ -15,7 +15,7 @@ from fewer.checkpoint.aliases import ALIASES
 from fewer.checkpoint.checkpoint import Checkpoint
 from fewer.errors import CheckpointError
 from fewer.home import home
-from fewer.slots import Choice, Slot
+from fewer.registry import Choice, Slot
 from fewer.training.adapters import Adapter, load_adapter
 
 SHIPPED = Path(fewer.__file__).parent / "adapters"

@@ -18,7 +18,8 @@ from fewer.engine.session import Session
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.transformer import Transformer
-from fewer.slots import KVCache, Method, methods
+from fewer.registry import Method, methods
+from fewer.slots import KVCache
 from fewer.training.adapters import Adapter, Provenance, save_adapter
 from fewer.training.data import Batches
 from fewer.training.haystack import filler

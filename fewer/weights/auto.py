@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewer.formats import DenseFormat, WeightFormat
-from fewer.slots import method
+from fewer.registry import method
 
 
 @method("auto", slot="weights", lossless=True)

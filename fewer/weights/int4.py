@@ -17,7 +17,7 @@ from torch import Tensor
 from fewer.errors import UsageError
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.formats.int4 import GROUP_SIZES
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewer.formats import DenseFormat, Int8Format, WeightFormat
-from fewer.slots import method
+from fewer.registry import method
 
 
 @method("int8", slot="weights", lossless=False)

@@ -13,7 +13,7 @@ from benchmarks.figures import BLOCK, MEASURED, PAGES, ROOT, block, regenerate
 from fewer.evaluation.compare import compare
 from fewer.evaluation.comparison import Settings
 from fewer.recipe import Recipe
-from fewer.slots import methods
+from fewer.registry import methods
 from tests.tiny_model import write_model
 
 

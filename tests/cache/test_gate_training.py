@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewer import slots
+from fewer import registry
 from fewer.cache.gate_profile import profiled_gates
 from fewer.cache.gate_training import GateFitConfig, Streams
 from fewer.cache.head_gates import GATES, gates_of
@@ -21,7 +21,7 @@ from tests.tiny_model import write_model
 TEXT = TrainingText("the cat sat on the mat and the dog sat on the log. " * 40, "a text")
 SMALL = {"sinks": 2, "window": 8, "passkeys": 1, "words": 2, "shortest": 256, "longest": 320, "lengths": 2}
 SETTINGS = GateFitConfig(steps=4, **SMALL)  # type: ignore[arg-type]
-METHOD = slots.find("cache", "duo-attention")
+METHOD = registry.find("cache", "duo-attention")
 
 
 @pytest.fixture(scope="module")

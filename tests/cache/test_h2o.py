@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewer.cache import H2OCache, H2OConfig, SinkWindowCache, SinkWindowConfig
-from fewer.slots import parse_spec
+from fewer.registry import parse_spec
 from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
 CONFIG = config_of(head_dim=16)  # heads that the CPU's fast path takes

@@ -23,7 +23,8 @@ from fewer.kernels.attention_part import attention_part
 from fewer.language_model import load
 from fewer.model.step import Step
 from fewer.model.transformer import Transformer
-from fewer.slots import DraftTree, parse_spec
+from fewer.registry import parse_spec
+from fewer.slots import DraftTree
 from tests.random_model import CONFIG, CPU, config_of, new_session, random_tokens, random_transformer
 from tests.tiny_model import write_model
 

@@ -16,7 +16,8 @@ from fewer.errors import NumericalError, PoolExhausted, UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
 from fewer.model.transformer import Transformer
-from fewer.slots import DraftTree, parse_spec
+from fewer.registry import parse_spec
+from fewer.slots import DraftTree
 from tests.random_model import CONFIG, CPU, config_of, new_session, random_tokens, random_transformer
 
 GEMMA = config_of(sliding_window=20, sliding_layers=(True, False, True), attention_softcap=8.0, local_rope_theta=500.0)

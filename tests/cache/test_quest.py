@@ -10,7 +10,8 @@ from fewer.cache import QuestCache, QuestConfig
 from fewer.cache.quest import QuestLayer
 from fewer.engine.session import Session
 from fewer.errors import UsageError
-from fewer.slots import DraftTree, parse_spec
+from fewer.registry import parse_spec
+from fewer.slots import DraftTree
 from tests.random_model import config_of, new_session, random_tokens, random_transformer
 
 CONFIG = config_of(layers=4, context_length=400)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from fewer import slots
+from fewer import registry
 from fewer.cache import FullCache, SinkWindowCache
 from fewer.cache.slot_map import SLACK
 from fewer.errors import UsageError
 from fewer.recipe import Recipe
-from fewer.slots import method
+from fewer.registry import method
 from tests.random_model import CONFIG, config_of, new_session, random_transformer
 
 
@@ -24,7 +24,7 @@ def cache_with_slack(request: pytest.FixtureRequest) -> Iterator[str]:
 
     method("short", slot="cache", lossless=True)(Short)
     yield "short"
-    del slots._METHODS["cache", "short"]
+    del registry._METHODS["cache", "short"]
 
 
 @pytest.mark.parametrize("cache_with_slack", [4], indirect=True)

@@ -18,7 +18,8 @@ from fewer.cache.tidal_decode import TidalSelectLayer, TidalSparseLayer
 from fewer.engine.session import Session
 from fewer.errors import UsageError
 from fewer.model.step import Step
-from fewer.slots import DraftTree, parse_spec
+from fewer.registry import parse_spec
+from fewer.slots import DraftTree
 from fewer.training.adapters import Adapter, Provenance
 from tests.random_model import CPU, config_of, new_session, random_tokens, random_transformer
 

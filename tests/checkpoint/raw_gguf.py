@@ -19,7 +19,7 @@ from fewer.checkpoint.gguf import GGUFCheckpoint
 from fewer.checkpoint.gguf_blocks import BLOCKS
 from fewer.engine.loading import MatrixLoader
 from fewer.errors import CheckpointError
-from fewer.slots import parse_spec
+from fewer.registry import parse_spec
 
 HUGE = (1 << 64) - 1
 

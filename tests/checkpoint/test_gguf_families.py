@@ -16,7 +16,7 @@ from fewer.engine.runner import Runner
 from fewer.engine.session import Session
 from fewer.formats import Int4Format, Int8Format
 from fewer.model.step import Step
-from fewer.slots import parse_spec
+from fewer.registry import parse_spec
 from tests.checkpoint.gguf_files import Experts, write_gguf
 from tests.model.families import reference_logits, tiny_models
 

@@ -13,7 +13,7 @@ import pytest
 
 import fewer as package
 from fewer.cli.catalogue import catalogue
-from fewer.slots import methods
+from fewer.registry import methods
 from tests.cli.conftest import ROOT, Fewer, start
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewer import slots
+from fewer import registry
 from fewer.checkpoint.canonical_shapes import canonical_shapes
 from fewer.checkpoint.export import write_folder
 from fewer.experts import ResidentExperts
@@ -21,7 +21,7 @@ from fewer.model.feed_forward import FeedForward
 from fewer.model.step import Step
 from fewer.model.transformer import Transformer
 from fewer.recipe import Recipe
-from fewer.slots import method
+from fewer.registry import method
 from tests.random_model import CPU, config_of, new_session, random_tokens, random_weights
 from tests.tiny_model import write_model, write_tokenizer
 
@@ -65,7 +65,7 @@ class OneExpert:
 @pytest.fixture
 def one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers `one-expert`, for one test."""
-    monkeypatch.setattr(slots, "_METHODS", {(entry.slot, entry.name): entry for entry in slots.methods()})
+    monkeypatch.setattr(registry, "_METHODS", {(entry.slot, entry.name): entry for entry in registry.methods()})
     method("one-expert", slot="experts", lossless=False, config=OneExpertConfig)(OneExpert)
 
 

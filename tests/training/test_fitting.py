@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewer import slots
+from fewer import registry
 from fewer.errors import CheckpointError, UsageError
 from fewer.language_model import LanguageModel, load
-from fewer.slots import Choice
+from fewer.registry import Choice
 from fewer.training import StepRecord, TrainingText, adapter_store, fit, fit_to_file, load_adapter
 from fewer.training.adapters import Adapter, Provenance, save_adapter, versions
 from fewer.training.fitting import fitted_method, state_path
@@ -31,7 +31,7 @@ def model(folder: Path) -> LanguageModel:
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> slots.Method:
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> registry.Method:
     monkeypatch.setenv("FEWER_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(adapter_store, "SHIPPED", tmp_path / "shipped")
     return register(monkeypatch)
@@ -48,7 +48,7 @@ class Break:
             raise KeyboardInterrupt
 
 
-def test_an_adapter_says_where_it_came_from_and_learnt_something(toy: slots.Method, model: LanguageModel) -> None:
+def test_an_adapter_says_where_it_came_from_and_learnt_something(toy: registry.Method, model: LanguageModel) -> None:
     adapter = fit(toy, model, TEXT, ToyFitConfig(steps=8, seed=3))
     origin = adapter.provenance
     assert (origin.method, origin.seed, origin.config["steps"]) == (NAME, 3, 8)
@@ -58,7 +58,9 @@ def test_an_adapter_says_where_it_came_from_and_learnt_something(toy: slots.Meth
     assert fit(toy, model, TEXT).provenance.config["steps"] == ToyFitConfig().steps
 
 
-def test_a_run_that_broke_goes_on_to_the_same_numbers(toy: slots.Method, model: LanguageModel, tmp_path: Path) -> None:
+def test_a_run_that_broke_goes_on_to_the_same_numbers(
+    toy: registry.Method, model: LanguageModel, tmp_path: Path
+) -> None:
     path, whole = tmp_path / "a" / "gain.safetensors", fit(toy, model, TEXT)
     with pytest.raises(KeyboardInterrupt):
         fit_to_file(path, toy, model, TEXT, on_step=Break(3))
@@ -72,7 +74,7 @@ def test_a_run_that_broke_goes_on_to_the_same_numbers(toy: slots.Method, model: 
 
 
 def test_an_unfinished_run_of_other_settings_is_refused_and_the_old_adapter_stays(
-    toy: slots.Method, model: LanguageModel, tmp_path: Path
+    toy: registry.Method, model: LanguageModel, tmp_path: Path
 ) -> None:
     path = tmp_path / "gain.safetensors"
     fit_to_file(path, toy, model, TEXT)
@@ -85,7 +87,7 @@ def test_an_unfinished_run_of_other_settings_is_refused_and_the_old_adapter_stay
 
 
 def test_a_recipe_finds_what_was_fitted_here_then_what_is_shipped(
-    toy: slots.Method, model: LanguageModel, folder: Path, tmp_path: Path
+    toy: registry.Method, model: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
     fingerprint = model.checkpoint.fingerprint()
     with pytest.raises(CheckpointError, match=f"cache={NAME} has not been fitted to this model.*fewer train {NAME}"):
@@ -104,7 +106,7 @@ def seed_in_use(folder: Path, spec: str = NAME) -> int:
 
 
 def test_an_adapter_of_another_model_is_not_taken(
-    toy: slots.Method, model: LanguageModel, folder: Path, tmp_path: Path
+    toy: registry.Method, model: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "shipped" / NAME / "other.safetensors"
     save_adapter(path, Adapter({"gain": torch.ones(64)}, Provenance(NAME, {}, "c" * 64, "d" * 64, 0)))
@@ -117,7 +119,7 @@ def test_an_adapter_of_another_model_is_not_taken(
 
 
 def test_the_adapter_changes_what_the_model_says_and_one_that_learnt_nothing_does_not(
-    toy: slots.Method, model: LanguageModel, folder: Path, tmp_path: Path
+    toy: registry.Method, model: LanguageModel, folder: Path, tmp_path: Path
 ) -> None:
     def logits(spec: str) -> torch.Tensor:
         return load(folder, weights="dense", dtype="float32", cache=spec).session().prefill([[5, 6, 7, 8, 9]])
@@ -131,19 +133,19 @@ def test_the_adapter_changes_what_the_model_says_and_one_that_learnt_nothing_doe
     assert not torch.allclose(logits(f"{NAME}:adapter={tmp_path / 'quarter.safetensors'}"), full, atol=1e-3)
 
 
-def test_the_alias_names_the_file_and_a_path_its_fingerprint(toy: slots.Method, tmp_path: Path) -> None:
+def test_the_alias_names_the_file_and_a_path_its_fingerprint(toy: registry.Method, tmp_path: Path) -> None:
     home = tmp_path / "home" / "adapters" / NAME
     assert adapter_store.own_path(NAME, "smollm2", "a" * 64) == home / "smollm2.safetensors"
     assert adapter_store.own_path(NAME, "/a/b", "a" * 64) == home / f"{'a' * 16}.safetensors"
 
 
-def test_what_learns_nothing_is_told_apart_from_what_is_unknown(toy: slots.Method) -> None:
+def test_what_learns_nothing_is_told_apart_from_what_is_unknown(toy: registry.Method) -> None:
     assert fitted_method(NAME) is toy
     with pytest.raises(UsageError, match=f"'sink-window' learns nothing.*{NAME}"):
         fitted_method("sink-window")
     with pytest.raises(UsageError, match="unknown method 'nope'"):
         fitted_method("nope")
-    assert adapter_store.with_adapters({"cache": Choice(slots.find("cache", "full"))}, None)["cache"].config is None  # type: ignore[arg-type]
+    assert adapter_store.with_adapters({"cache": Choice(registry.find("cache", "full"))}, None)["cache"].config is None  # type: ignore[arg-type]
 
 
 def test_the_built_in_text_serves_where_none_is_given() -> None:
@@ -163,5 +165,5 @@ def test_a_loaded_model_lets_gradients_through_only_when_asked(folder: Path) -> 
         frozen.logits(hidden).sum().backward()
 
 
-def test_the_settings_of_a_toy_choice_are_checked_like_any_other(toy: slots.Method) -> None:
-    assert slots.parse_spec("cache", f"{NAME}:adapter=a.safetensors").config == ToyConfig("a.safetensors")
+def test_the_settings_of_a_toy_choice_are_checked_like_any_other(toy: registry.Method) -> None:
+    assert registry.parse_spec("cache", f"{NAME}:adapter=a.safetensors").config == ToyConfig("a.safetensors")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewer import slots
+from fewer import registry
 from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
@@ -81,7 +81,9 @@ class ToyCache(StoredCache):
         super().__init__(config, batch, capacity, dtype, device, [window] * config.layers, [0] * config.layers)
 
 
-def register(monkeypatch: pytest.MonkeyPatch) -> slots.Method:
-    monkeypatch.setattr(slots, "_METHODS", {(entry.slot, entry.name): entry for entry in slots.methods()})
-    slots.method(NAME, slot="cache", lossless=False, config=ToyConfig, fit=fit_gain, fit_config=ToyFitConfig)(ToyCache)
-    return slots.find("cache", NAME)
+def register(monkeypatch: pytest.MonkeyPatch) -> registry.Method:
+    monkeypatch.setattr(registry, "_METHODS", {(entry.slot, entry.name): entry for entry in registry.methods()})
+    registry.method(NAME, slot="cache", lossless=False, config=ToyConfig, fit=fit_gain, fit_config=ToyFitConfig)(
+        ToyCache
+    )
+    return registry.find("cache", NAME)

@@ -9,7 +9,7 @@ import torch
 
 from fewer.errors import UsageError
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
-from fewer.slots import methods, parse_spec
+from fewer.registry import methods, parse_spec
 
 PROJECTION = "layers.0.attention.q.weight"
 ENDS = ("embed.weight", "head.weight")
