@@ -88,10 +88,10 @@ def run_model(
     report.section(f"{name} agrees", lambda: models.decode_agrees(runner, prompt))
     report.section(f"{name} decode", lambda: models.decode_speed(runner, prompt, tokens))
     if runner.cuda is not None and runner.cuda.pdl:
-        runner.cuda.passes.clear()
+        runner.cuda.graphs.clear()
         runner.cuda.pdl = False
         report.section(f"{name} decode without pdl", lambda: models.decode_speed(runner, prompt, tokens, 2))
-        runner.cuda.passes.clear()
+        runner.cuda.graphs.clear()
         runner.cuda.pdl = True
     rows = [9, 16, 5] if tiny else [512, 100, 300, 40, 256, 512, 77, 400]
     report.section(f"{name} batch", lambda: models.decode_batch(runner, rows, 2 if tiny else 64))

@@ -13,7 +13,7 @@ and sets fields of its frozen config dataclass.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewer.formats.base import WeightFormat
+from fewer.kernels.new_tokens import NewTokens
 from fewer.model.config import ExpertsConfig, ModelConfig
 from fewer.model.experts import ExpertStore, Router
 from fewer.model.feed_forward import FeedForward
@@ -113,8 +114,8 @@ class ContiguousCache(KVCache, Protocol):
     contiguous_room: int | None  # tokens that every row may still take before that; None: any number
     pools: list[Tensor]  # one: [L, 2 (keys, values), B, Hk, capacity, D], keys rotated
 
-    def begin(self, step: Step) -> None:
-        """Place the step's new tokens, whose keys and values the caller stores; they are tentative until `commit`."""
+    def contiguous_capture(self) -> Capture:
+        """What one token a row launches on CUDA, wherever in the pool the rows' positions are."""
         ...
 
     def advance_one(self, position: int) -> int:
@@ -164,6 +165,28 @@ class PlacedCache(KVCache, Protocol):
 
     def place(self, step: Step) -> Placement:
         """Place a step's tokens likewise; they are tentative until `commit`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How one new token a row runs through a cache's layers on CUDA: launches that a graph records once and replays.
+
+    `key` has whatever the launches depend on: the address and shape of each tensor, and every number that is not read
+    from one. Passes of equal keys are one graph. Tensors that `attend` makes itself live as long as the graph.
+    """
+
+    key: Hashable
+    attend: Callable[[int, NewTokens], None]  # of the layer with this number; keys and values are stored, too
+
+
+@runtime_checkable
+class CapturedCache(Protocol):
+    """A KVCache whose layers are, for one generated token a row, the same launches again and again."""
+
+    def capture(self, step: Step) -> Capture | None:
+        """Place the step's tokens, one in every row, tentative until `commit`, and bring what the launches read up to
+        date. None, and nothing has changed: this step is for the layers' `attend`."""
         ...
 
 

@@ -12,7 +12,7 @@ from fewer.kernels.attention import attend, attention, merge
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import Layout, Place, Placement
+from fewer.slots import Capture, Layout, Place, Placement
 
 
 class StoredLayer:
@@ -180,6 +180,23 @@ class StoredCache:
     def contiguous(self) -> bool:
         """Whether the next token may take a fast path."""
         return self.contiguous_room != 0
+
+    def contiguous_capture(self) -> Capture:
+        """On CUDA a layer over the contiguous pool is one kernel, which reads the lengths itself."""
+        from fewer.kernels.triton.attention_decode import attend_new  # Triton is imported only where there is a GPU
+
+        (pool,) = self.pools
+        return Capture(
+            (pool.data_ptr(), pool.shape, pool.dtype),
+            lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1]),
+        )
+
+    def capture(self, step: Step) -> Capture | None:
+        """The step placed, where `contiguous` holds."""
+        if not self.contiguous:
+            return None
+        self.begin(step)
+        return self.contiguous_capture()
 
     @property
     def max_step(self) -> int | None:

@@ -1,30 +1,33 @@
 """The fast path of decoding on CUDA: one new token in each of B rows, the whole pass captured in one CUDA graph.
 
-A layer is five kernels: [norm · qkv], [norm · rotation · cache write · attention · merge], [o + residual],
-[norm · gate, up · gating], [down + residual]. Lengths are read on the device, so one graph serves every length up to
-the cache's capacity. The numbers are those of `fewer.model.transformer`, up to rounding.
+A layer is a few kernels: [norm · qkv], what its cache launches, [o + residual], [norm · gate, up · gating],
+[down + residual]. Over a contiguous cache, [rotation · cache write · attention · merge] is one kernel, and lengths are
+read on the device, so one graph serves every length up to the cache's capacity. Other caches say by a `Capture` what they
+launch and what their graph depends on. The numbers are those of `fewer.model.transformer`, up to rounding.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
-from fewer.kernels.triton import attention_decode
-from fewer.kernels.triton.attention_decode import Fusion, Scratch, Tiling
+from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.triton.ends import TopScratch, embed, most_likely
 from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply, word_order
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
+from fewer.model.step import Step
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import ContiguousCache
+from fewer.slots import Capture, CapturedCache, ContiguousCache
 
+KEPT_GRAPHS = 8  # a session that ends leaves its memory, and mostly its graph, to the next
+SHORTEST_TABLE = 4096  # positions of the rotary table, which grows in powers of two
 KEPT_GRAPHS = 4  # one a (batch, cache pool): a session that ends leaves its memory, and mostly its graph, to the next
 
 
@@ -63,22 +66,17 @@ def _fits(layer: Layer) -> bool:
 
 
 @dataclass(slots=True)
-class _Pass:
-    """Static buffers of one (batch, pool), and the graph that works on them. It does not keep the pool alive: the
-    graph is replayed only when a pool of the same shape lies at the same address."""
+class _Buffers:
+    """What the passes over B rows work on."""
 
     inputs: Tensor  # [2, B] int32: tokens, lengths
     residual: Tensor  # [B, d]
-    qkv: Tensor  # [B, (H + 2 Hk) D]
+    projected: Tensor  # [B, (H + 2 Hk) D]
     attended: Tensor  # [B, H D]
     gated: Tensor  # [B, intermediate]
     logits: Tensor  # [B, V] float32
     report: Tensor  # [2, B] int64: the most likely token, and the bits of its logit in the low halves
     top: TopScratch
-    scratch: Scratch
-    tiling: Tiling
-    fusions: list[Fusion]
-    graph: torch.cuda.CUDAGraph | None = None
 
 
 def _tops(report: Tensor) -> list[float]:
@@ -87,7 +85,7 @@ def _tops(report: Tensor) -> list[float]:
 
 
 class CudaDecoder:
-    """Runs one token a row through `model`, storing its keys and values in a contiguous cache."""
+    """Runs one token a row through `model`, storing its keys and values where the cache wants them."""
 
     def __init__(self, model: Transformer, pdl: bool | None = None):
         """`pdl`: kernels start while the one in front drains (Hopper and later); None: where the GPU can."""
@@ -96,28 +94,38 @@ class CudaDecoder:
         if pdl is None:
             pdl = self.on_gpu and torch.cuda.get_device_capability(model.device) >= (9, 0)
         self.pdl = pdl
-        properties = torch.cuda.get_device_properties(model.device) if self.on_gpu else None
-        self.processors = 4 if properties is None else properties.multi_processor_count
-        self.passes: OrderedDict[tuple[int, torch.Size], _Pass] = OrderedDict()
+        self.workspace = Workspace(model.device)
+        self.buffers: dict[int, _Buffers] = {}  # by rows
+        # A graph does not keep its cache alive: it is replayed only when tensors of the same shapes lie where its
+        # cache's lay.
+        self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self.reach = 0  # positions of the rotary table
+        self.fusions: list[Fusion] = []  # of each layer
         self.word_gains: dict[int, Tensor] = {}  # a norm's gain in the order of int4's words, by the gain's id
 
     def accepts(self, cache: object, batch: int) -> bool:
-        """Whether this cache's pool can be written by the kernels."""
+        """Whether `greedy` can run over this cache."""
         return batch <= WIDE and bool(getattr(cache, "contiguous", False))
 
-    def run(self, tokens: Sequence[int], lengths: Sequence[int], cache: ContiguousCache) -> Tensor:
+    def capture(self, step: Step, cache: object) -> Capture | None:
+        """Place a step of one token a row; None, and nothing has changed: it is for the general path."""
+        if step.positions.shape[0] > WIDE or not isinstance(cache, CapturedCache):
+            return None
+        return cache.capture(step)
+
+    def run(self, tokens: Sequence[int], lengths: Sequence[int], capture: Capture) -> Tensor:
         """tokens [B] at positions `lengths` [B] -> logits [B, V] float32, a buffer that the next call overwrites.
 
-        Keys and values go to slot lengths[b] of row b; the caller commits them.
+        Keys and values go where `capture` puts them; the caller commits them.
         """
-        work = self._pass(cache.pools[0])
+        work = self._buffers(len(tokens))
         self._feed(work, tokens, lengths)
-        self._graph(work, cache.pools[0])()
+        self._pass(work, capture, max(lengths) + 1)
         return work.logits
 
-    def is_finite(self, cache: ContiguousCache) -> bool:
-        """Whether the last pass over `cache` gave finite logits. Waits for it."""
-        return all(math.isfinite(top) for top in _tops(self._pass(cache.pools[0]).report))
+    def is_finite(self, batch: int) -> bool:
+        """Whether the last pass over `batch` rows gave finite logits. Waits for it."""
+        return all(math.isfinite(top) for top in _tops(self.buffers[batch].report))
 
     def greedy(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
         """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed.
@@ -125,14 +133,14 @@ class CudaDecoder:
         The GPU never waits for the host: a pass begins before the token of the one in front has arrived, since its
         inputs are already there. Only what is yielded is committed. Ends early when logits are not finite.
         """
-        work = self._pass(cache.pools[0])
+        work = self._buffers(1)
         self._feed(work, [token], [position])
-        graph = self._graph(work, cache.pools[0])
+        capture = cache.contiguous_capture()
         reports = [torch.empty_like(work.report, device="cpu", pin_memory=self.on_gpu) for _ in range(2)]
         arrived = [torch.cuda.Event() if self.on_gpu else None for _ in range(2)]
 
         def launch(index: int) -> None:
-            graph()
+            self._pass(work, capture, position + count)
             reports[index % 2].copy_(work.report, non_blocking=True)
             event = arrived[index % 2]
             if event is not None:
@@ -150,66 +158,63 @@ class CudaDecoder:
             cache.advance_one(position + index)
             yield int(reports[index % 2][0, 0])
 
-    def _feed(self, work: _Pass, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+    def _feed(self, work: _Buffers, tokens: Sequence[int], lengths: Sequence[int]) -> None:
         work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
 
-    def _graph(self, work: _Pass, pool: Tensor) -> Callable[[], None]:
-        """Runs one pass over what `work.inputs` holds."""
+    def _pass(self, work: _Buffers, capture: Capture, positions: int) -> None:
+        """One pass over what `work.inputs` holds, at positions below `positions`: the first one of its kind is run
+        launch by launch and recorded, the others are replayed."""
+        fusions = self._fusions(positions)
+        table = fusions[0].table
+        key = work.inputs.shape[1], None if table is None else table.data_ptr(), capture.key
+        if key in self.graphs:
+            self.graphs.move_to_end(key)
+            self.graphs[key].replay()
+            return
         if not self.on_gpu:
-            return lambda: self.forward(work, pool)
-        if work.graph is None:
-            work.graph = self._capture(work, pool)
-        return work.graph.replay
-
-    def _capture(self, work: _Pass, pool: Tensor) -> torch.cuda.CUDAGraph:
-        inputs = work.inputs.clone()
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
+            self.forward(work, capture, fusions)
+            return
+        while len(self.graphs) >= KEPT_GRAPHS:
+            self.graphs.popitem(last=False)
+        here, side = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
+        side.wait_stream(here)
         with torch.cuda.stream(side):
-            self.forward(work, pool)  # compiles the kernels; the first replay writes the same keys again
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.forward(work, pool)
-        work.inputs.copy_(inputs)
-        return graph
+            self.forward(work, capture, fusions)  # compiles the kernels, too
+        here.wait_stream(side)
+        self.graphs[key] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[key]):
+            self.forward(work, capture, fusions)
 
-    def _pass(self, pool: Tensor) -> _Pass:
-        key = pool.data_ptr(), pool.shape
-        if key in self.passes:
-            self.passes.move_to_end(key)
-        else:
-            while len(self.passes) >= KEPT_GRAPHS:
-                self.passes.popitem(last=False)
-            self.passes[key] = self._allocate(pool)
-        return self.passes[key]
+    def _buffers(self, batch: int) -> _Buffers:
+        if batch not in self.buffers:
+            config, model, device = self.config, self.model, self.model.device
 
-    def _allocate(self, pool: Tensor) -> _Pass:
-        config, model, device = self.config, self.model, pool.device
-        _, _, batch, kv_heads, capacity, head_dim = pool.shape
+            def empty(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
+                return torch.empty(batch, width, dtype=dtype, device=device)
 
-        def empty(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
-            return torch.empty(batch, width, dtype=dtype, device=device)
+            self.buffers[batch] = _Buffers(
+                inputs=torch.zeros(2, batch, dtype=torch.int32, device=device),
+                residual=empty(config.hidden_size, model.residual_dtype),
+                projected=empty((config.heads + 2 * config.kv_heads) * config.head_dim),
+                attended=empty(config.heads * config.head_dim),
+                gated=empty(config.intermediate_size),
+                logits=empty(config.vocab_size, torch.float32),
+                report=torch.zeros(2, batch, dtype=torch.int64, device=device),
+                top=TopScratch(batch, config.vocab_size, device),
+            )
+        return self.buffers[batch]
 
-        tiling = attention_decode.tiling_for(batch, kv_heads, capacity, self.processors)
-        return _Pass(
-            inputs=torch.zeros(2, batch, dtype=torch.int32, device=device),
-            residual=empty(config.hidden_size, model.residual_dtype),
-            qkv=empty((config.heads + 2 * kv_heads) * head_dim),
-            attended=empty(config.heads * head_dim),
-            gated=empty(config.intermediate_size),
-            logits=empty(config.vocab_size, torch.float32),
-            report=torch.zeros(2, batch, dtype=torch.int64, device=device),
-            top=TopScratch(batch, config.vocab_size, device),
-            scratch=Scratch.allocate(batch, config.heads, kv_heads, head_dim, tiling.splits, device),
-            tiling=tiling,
-            fusions=[self._fusion(layer, capacity, device) for layer in model.layers],
-        )
+    def _fusions(self, positions: int) -> list[Fusion]:
+        """What every layer does to new queries and keys, with a table for this many positions or more."""
+        if not self.fusions or self.reach < positions:
+            self.reach = max(SHORTEST_TABLE, 1 << (positions - 1).bit_length())
+            self.fusions = [self._fusion(layer) for layer in self.model.layers]
+        return self.fusions
 
-    def _fusion(self, layer: Layer, capacity: int, device: torch.device) -> Fusion:
+    def _fusion(self, layer: Layer) -> Fusion:
         attention = layer.attention
         rotary = attention.rotary
-        table = None if rotary is None else torch.view_as_real(rotary.table(capacity, device))
+        table = None if rotary is None else torch.view_as_real(rotary.table(self.reach, self.model.device))
         return Fusion(
             table=table,
             rotary_dim=0 if rotary is None else rotary.rotary_dim,
@@ -218,15 +223,19 @@ class CudaDecoder:
             eps=self.config.norm_eps,
         )
 
-    def forward(self, work: _Pass, pool: Tensor) -> None:
-        """Every launch of one pass, in order; pool [L, 2, B, Hk, capacity, D]. Leaves `inputs` ready for the next."""
+    def forward(self, work: _Buffers, capture: Capture, fusions: list[Fusion]) -> None:
+        """Every launch of one pass, in order. Leaves `inputs` ready for the next."""
         model, config = self.model, self.config
         tokens, lengths = work.inputs[0], work.inputs[1]
         rows = stored(model.embed)
         assert rows is not None
         embed(tokens, rows, work.residual, config.embedding_scale or 1.0, self.pdl)
         for index, layer in enumerate(model.layers):
-            self._layer(layer, pool[index], work.fusions[index], lengths, work)
+            new = NewTokens(
+                work.projected, lengths, work.attended, config.heads, config.kv_heads, config.scale,
+                config.attention_softcap, fusions[index], self.workspace, self.pdl,
+            )  # fmt: skip
+            self._layer(index, layer, capture, new, work)
         self._multiply(work.residual, Linear([model.head]), work.logits, model.norm)
         if config.logit_scale != 1.0:
             work.logits.mul_(config.logit_scale)
@@ -234,19 +243,13 @@ class CudaDecoder:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         most_likely(work.logits, work.inputs, work.report, work.top, self.pdl)  # and what the next pass is fed
 
-    def _layer(self, layer: Layer, cached: Tensor, fusion: Fusion, lengths: Tensor, work: _Pass) -> None:
-        """cached [2, B, Hk, capacity, D]: the layer's keys and values."""
-        config, pdl = self.config, self.pdl
+    def _layer(self, index: int, layer: Layer, capture: Capture, new: NewTokens, work: _Buffers) -> None:
         block = layer.feed_forward
         assert isinstance(block, FeedForward)
-        before, between = layer.attention_norm, layer.feed_forward_norm
-        self._multiply(work.residual, layer.attention.qkv, work.qkv, before)
-        attention_decode.launch(
-            work.qkv, cached[0], cached[1], lengths, work.attended, None, work.scratch, work.tiling, config.heads,
-            config.scale, None, config.attention_softcap, fusion, pdl,
-        )  # fmt: skip
+        self._multiply(work.residual, layer.attention.qkv, work.projected, layer.attention_norm)
+        capture.attend(index, new)
         self._multiply(work.attended, layer.attention.o, work.residual, residual=work.residual)
-        self._multiply(work.residual, block.gate_up, work.gated, between, config.activation)
+        self._multiply(work.residual, block.gate_up, work.gated, layer.feed_forward_norm, self.config.activation)
         self._multiply(work.gated, block.down, work.residual, residual=work.residual)
 
     def _multiply(

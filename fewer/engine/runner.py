@@ -19,7 +19,7 @@ from fewer.engine.threads import Governor
 from fewer.errors import NumericalError
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
-from fewer.slots import ContiguousCache, KVCache
+from fewer.slots import Capture, ContiguousCache, KVCache
 
 if TYPE_CHECKING:
     from fewer.engine.cuda import CudaDecoder
@@ -41,8 +41,10 @@ class Runner:
     @torch.inference_mode()
     def step(self, step: Step, cache: KVCache) -> Output:
         """Run one pass. Raises NumericalError, naming the layer, when the result is not finite."""
-        if self.cuda is not None and _is_one_token(step) and self.cuda.accepts(cache, step.positions.shape[0]):
-            return self._decode_rows(self.cuda, step, cache)
+        if self.cuda is not None and _is_one_token(step):
+            capture = self.cuda.capture(step, cache)
+            if capture is not None:
+                return self._decode_rows(self.cuda, step, cache, capture)
         native = self.single
         width = step.positions.shape[1]
         if isinstance(native, NativeDecoder) and native.takes(step) and native.accepts(cache, width, step.role):
@@ -65,8 +67,8 @@ class Runner:
             cache.truncate(0, position)  # the general path below names the layer
         if self.cuda is not None and self.cuda.accepts(cache, 1):
             contiguous = cast(ContiguousCache, cache)
-            row = self.cuda.run([token], [position], contiguous)
-            if self.cuda.is_finite(contiguous):
+            row = self.cuda.run([token], [position], contiguous.contiguous_capture())
+            if self.cuda.is_finite(1):
                 contiguous.advance_one(position)
                 return row.clone()
         step = Step(
@@ -125,13 +127,11 @@ class Runner:
         with CollectorPause(), self.governor:
             yield
 
-    def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache) -> Output:
-        """One token in each row, left tentative like every step's."""
+    def _decode_rows(self, decoder: CudaDecoder, step: Step, cache: KVCache, capture: Capture) -> Output:
+        """One token in each row, which the cache has placed, left tentative like every step's."""
         assert step.tokens is not None
-        contiguous = cast(ContiguousCache, cache)
-        contiguous.begin(step)
-        logits = decoder.run(step.tokens[:, 0].tolist(), cache.lengths, contiguous)
-        if not decoder.is_finite(contiguous):
+        logits = decoder.run(step.tokens[:, 0].tolist(), cache.lengths, capture)
+        if not decoder.is_finite(len(step.tokens)):
             self._explain(step, cache)
         return Output(logits.clone())
 

@@ -181,17 +181,17 @@ def test_graph_replay_equals_the_eager_pass(kind: str, batch: int, gpu: torch.de
     runner = fast_runner(build(config_of(**SMALL), kind, gpu, torch.bfloat16))
     session = session_of(runner, batch)
     session.prefill([random_tokens(100 + 30 * row, row, 40) for row in range(batch)])
-    decoder, pool = runner.cuda, session.cache.pools[0]
-    assert decoder is not None
+    decoder, cache = runner.cuda, session.cache
+    assert decoder is not None and isinstance(cache, FullCache)
+    capture = cache.contiguous_capture()
     with torch.inference_mode():
         for _ in range(2):  # the first call captures, the second only replays
-            replayed = decoder.run([7] * batch, session.lengths, session.cache).clone()  # type: ignore[arg-type]
-        assert len(decoder.passes) == 1
-        (work,) = decoder.passes.values()
-        assert work.graph is not None
+            replayed = decoder.run([7] * batch, session.lengths, capture).clone()
+        assert len(decoder.graphs) == 1
+        work = decoder.buffers[batch]
         work.logits.zero_()
         decoder._feed(work, [7] * batch, session.lengths)  # a pass leaves its successor's inputs behind
-        decoder.forward(work, pool)
+        decoder.forward(work, capture, decoder.fusions)
         assert torch.equal(work.logits, replayed)
 
 

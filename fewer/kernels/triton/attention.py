@@ -76,10 +76,13 @@ def block_of(
 
 @triton.jit
 def attend_block(
-    query, key, value, start, end, scale, softcap, top, total, out,
-    SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, start, end, sinks, low, taken, scale, softcap, top, total, out,
+    PLACED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_S: tl.constexpr, ON_CPU: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax of `query` [DIM, HEADS_P] over key and value [BLOCK_S, DIM], in units of log2.
+
+    Slots up to `end` are seen; PLACED: those below `sinks` or from `low` on, but for the slot `taken`.
 
     Keys are the tall side of both products, so tensor cores read them from shared memory and no head is padded
     further than to eight. top [HEADS_P]; total [BLOCK_S, HEADS_P], summed over its slots by the caller at the end;
@@ -87,10 +90,17 @@ def attend_block(
     """
     scores = multiply_tiles(key, query, tl.zeros([BLOCK_S, query.shape[1]], tl.float32), ON_CPU, PRECISION)
     scores = cap(scores * scale, softcap, SOFTCAP) * LOG2_E
-    scores = tl.where((start + tl.arange(0, BLOCK_S) < end)[:, None], scores, float("-inf"))
+    slot = start + tl.arange(0, BLOCK_S)
+    seen = slot < end
+    if PLACED:
+        seen = seen & ((slot < sinks) | (slot >= low)) & (slot != taken)
+    scores = tl.where(seen[:, None], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 0))
-    weights = tl.exp2(scores - higher[None, :])
-    shrink = tl.exp2(top - higher)[None, :]
+    base = higher
+    if PLACED:  # nothing may be seen in a block
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores - base[None, :])
+    shrink = tl.exp2(top - base)[None, :]
     out = multiply_tiles(tl.trans(value), weights.to(value.dtype), out * shrink, ON_CPU, PRECISION)
     return higher, total * shrink + weights, out
 
@@ -131,33 +141,44 @@ def merge_parts(
 
 @triton.jit
 def decode_attention(
-    query, keys, values, lengths, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
-    scale, softcap, window, eps, stride_row, stride_head, stride_slot, batch, programs,
+    query, keys, values, lengths, places, members, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
+    scale, softcap, window, sinks, eps, stride_row, stride_head, stride_slot, batch, programs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr,
     GROUP_P: tl.constexpr, HEADS_P: tl.constexpr, SPLITS: tl.constexpr, ROWS_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr,
-    LSE: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, MEMBERS: tl.constexpr,
+    QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr, LSE: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SPLITS, KV_HEADS, B). keys, values [B, KV_HEADS, capacity, HEAD_DIM], lengths [B] int32: cached tokens.
+    """Grid (SPLITS, n, B). keys, values [B, n, capacity, HEAD_DIM], lengths [B] int32: cached tokens. The n heads are
+    all KV_HEADS, or with MEMBERS those that members [n] int32 names.
 
     `query` is [B, HEADS, HEAD_DIM]; FUSED: [B, HEADS + 2·KV_HEADS, HEAD_DIM], before norm and rotation, and the new
     token takes slot lengths[b] and position lengths[b]. window > 0: only the last `window` tokens, the new one counted.
-    part_out [B, KV_HEADS, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, KV_HEADS] int32, zero before
-    and after.
+    PLACED (and FUSED): places [B, 3] int32 has, for each row, its cached slots, the slot for the new token, which may be
+    one of them, and the first slot that is seen behind the `sinks` first ones.
+    part_out [B, n, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, n] int32, zero before and after.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + row)
+    split, member, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.num_programs(1)
+    kv_head = member
+    if MEMBERS:
+        kv_head = tl.load(members + member)
+    position = tl.load(lengths + row)
+    length, taken, low = position, position, 0
+    if PLACED:
+        length, taken = tl.load(places + 3 * row), tl.load(places + 3 * row + 1)
+        low = tl.load(places + 3 * row + 2)
     first = 0
     if window > 0:
         first = tl.maximum(0, length + (1 if FUSED else 0) - window)
     run = tl.cdiv(length - first, SPLITS)
     if ROWS_P > 1:  # rows of unequal lengths: about `programs` runs of one length over all rows
         rows = tl.arange(0, ROWS_P)
-        cached = tl.load(lengths + rows, mask=rows < batch, other=0)
+        cached = tl.load(places + 3 * rows if PLACED else lengths + rows, mask=rows < batch, other=0)
         if window > 0:
             cached = tl.minimum(cached, window)
-        run = tl.maximum(run, tl.cdiv(tl.sum(cached, 0) * KV_HEADS, programs))
+        run = tl.maximum(run, tl.cdiv(tl.sum(cached, 0) * count, programs))
     run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
     if split < active:
@@ -165,7 +186,7 @@ def decode_attention(
         head = tl.arange(0, TIMES * GROUP_P)
         channel = tl.arange(0, DIM)
         held = channel < HEAD_DIM
-        plane = row.to(tl.int64) * stride_row + kv_head.to(tl.int64) * stride_head
+        plane = row.to(tl.int64) * stride_row + member.to(tl.int64) * stride_head
         begin = first + split * run
         end = tl.minimum(begin + run, length)
         # What earlier passes cached needs no waiting: only the query and the new token come from the kernel in front.
@@ -176,7 +197,7 @@ def decode_attention(
         ROTATE: tl.constexpr = FUSED and ROTARY_DIM > 0
         cosine, sine = scale, scale
         if ROTATE:
-            cosine, sine = angle(table, length, ROTARY_DIM, DIM)
+            cosine, sine = angle(table, position, ROTARY_DIM, DIM)
         wait_for_previous(PDL)
         width: tl.constexpr = (HEADS + 2 * KV_HEADS if FUSED else HEADS) * HEAD_DIM
         base = query + row.to(tl.int64) * width
@@ -198,20 +219,20 @@ def decode_attention(
         if AHEAD:  # noqa: SIM102 (known when compiled; the other is not)
             if begin < end:
                 top, sums, result = attend_block(
-                    matched, key, value, begin, end, scale, softcap, top, sums, result,
-                    SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
+                    matched, key, value, begin, end, sinks, low, taken, scale, softcap, top, sums, result,
+                    PLACED, SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
                 )  # fmt: skip
         for start in tl.range(begin + AHEAD, end, BLOCK_S, num_stages=STAGES):
             following = block_of(keys + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             and_values = block_of(values + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             top, sums, result = attend_block(
-                matched, following, and_values, start, end, scale, softcap, top, sums, result,
-                SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
+                matched, following, and_values, start, end, sinks, low, taken, scale, softcap, top, sums, result,
+                PLACED, SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
             )  # fmt: skip
         total = tl.sum(sums, 0)
         if FUSED:  # noqa: SIM102 (known when compiled; the other is not)
             if split == 0:
-                slot = plane + length.to(tl.int64) * stride_slot + channel
+                slot = plane + taken.to(tl.int64) * stride_slot + channel
                 tl.store(keys + slot[None, :], k_new, mask=held[None, :])
                 tl.store(values + slot, v_new, mask=held)
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
@@ -232,7 +253,7 @@ def decode_attention(
             if LSE:
                 tl.store(lse + first_head + head, logsum / LOG2_E, mask=head < GROUP)
         else:
-            pair = row * KV_HEADS + kv_head
+            pair = row * count + member
             at = (pair * SPLITS + split) * GROUP + head
             tl.store(part_out + at[None, :] * DIM + channel[:, None], result, mask=stored)
             tl.store(part_lse + at, logsum, mask=head < GROUP)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace, processors
 from fewer.kernels.triton.attention import decode_attention
 
 LONG = 8192  # keys from which larger steps are faster (benchmarks/results/h200.json)
@@ -42,26 +43,25 @@ class Scratch:
             torch.zeros(batch, kv_heads, dtype=torch.int32, device=device),
         )
 
+    @classmethod
+    def take(cls, workspace: Workspace, batch: int, kv_heads: int, splits: int, group: int, head_dim: int) -> Scratch:
+        """The same of a workspace, whose launches share it one behind another."""
+        shape = (batch, kv_heads, splits, group)
+        return cls(
+            workspace.take("part out", (*shape, _width(head_dim))),
+            workspace.take("part lse", shape),
+            workspace.take("tickets", (batch, kv_heads), torch.int32),
+        )
 
-@dataclass(frozen=True)
-class Fusion:
-    """The new token: `query` then holds q, k and v heads, as projected."""
 
-    table: Tensor | None  # [positions, r/2, 2] float32 cos and sin; None: no rotation
-    rotary_dim: int
-    q_gain: Tensor | None = None  # [D] float32
-    k_gain: Tensor | None = None
-    eps: float = 0.0
-
-
-def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tiling:
+def tiling_for(batch: int, kv_heads: int, longest: int, multiprocessors: int) -> Tiling:
     """One part for each of the GPU's multiprocessors, none shorter than one block of keys.
 
     Rows may differ in length, so a batch gets four times as many, shorter parts: they even out. Short caches use no
     buffers to fetch ahead: a kernel with less shared memory than 48 KB starts while a product is still running, one
     with more waits until the multiprocessor is empty and has its first-level cache split anew.
     """
-    programs = processors * (1 if batch == 1 else 4)
+    programs = multiprocessors * (1 if batch == 1 else 4)
     splits = max(1, min(programs // kv_heads, -(-longest // 64)))
     if longest <= SHORT:
         return Tiling(splits, programs, 64, warps=2, stages=1, heads=8)
@@ -70,29 +70,56 @@ def tiling_for(batch: int, kv_heads: int, longest: int, processors: int) -> Tili
     return Tiling(splits, programs, 64, stages=3)
 
 
+class Share(NamedTuple):
+    """Heads of a layer that lie apart from the others, and where their rows' tokens are."""
+
+    members: Tensor | None = None  # [n] int32: which of the layer's key heads; None: all
+    places: Tensor | None = (
+        None  # [B, 3] int32: slots in use, slot of the new token, first seen; None: as positions say
+    )
+    sinks: int = 0  # first slots, which are seen, too
+
+
 def launch(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, out: Tensor, lse: Tensor | None, scratch: Scratch,
     tiling: Tiling, heads: int, scale: float, window: int | None = None, softcap: float | None = None,
-    fusion: Fusion | None = None, pdl: bool = False,
+    fusion: Fusion | None = None, pdl: bool = False, share: Share | None = None, kv_heads: int | None = None,
 ) -> None:  # fmt: skip
-    """Attention of one query a row (with `fusion`: rotation, the cache's new entry, and attention to it) -> out."""
-    batch, kv_heads, _, head_dim = keys.shape
+    """Attention of one query a row (with `fusion`: rotation, the cache's new entry, and attention to it) -> out.
+
+    `share`: keys are those of some of a layer's `kv_heads` key heads, and only their query heads' output is written.
+    """
+    batch, members, _, head_dim = keys.shape
+    kv_heads, share = kv_heads or members, share or Share()
+    places, chosen, sinks = share.places, share.members, share.sinks
     table = None if fusion is None else fusion.table
     q_gain = None if fusion is None else fusion.q_gain
     k_gain = None if fusion is None else fusion.k_gain
     rotary_dim = 0 if fusion is None or table is None else fusion.rotary_dim
     on_cpu = query.device.type == "cpu"
     options: dict[str, object] = {"launch_pdl": True} if pdl else {}
-    decode_attention[(tiling.splits, kv_heads, batch)](
-        query, keys, values, lengths, out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
+    decode_attention[(tiling.splits, members, batch)](
+        query, keys, values, lengths, lengths if places is None else places, lengths if chosen is None else chosen, out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
-        scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
+        scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0, sinks,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
         heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.heads,
         tiling.splits, _power(batch), tiling.slots, tiling.stages,
-        max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None, q_gain is not None,
+        max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None,
+        places is not None, chosen is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
         num_warps=tiling.warps, **options,
+    )  # fmt: skip
+
+
+def attend_new(new: NewTokens, keys: Tensor, values: Tensor, share: Share | None = None) -> None:
+    """Store and attend: keys, values [B, n, capacity, D] of a layer's key heads, or of those in `share`."""
+    batch, members, capacity, head_dim = keys.shape
+    tiling = tiling_for(batch, members, capacity, processors(keys.device))
+    scratch = Scratch.take(new.workspace, batch, members, tiling.splits, new.heads // new.kv_heads, head_dim)
+    launch(
+        new.projected, keys, values, new.positions, new.out, None, scratch, tiling, new.heads, new.scale, None,
+        new.softcap, new.fusion, new.pdl, share, new.kv_heads,
     )  # fmt: skip
 
 
@@ -108,8 +135,7 @@ def attention_decode(
     batch, heads, head_dim = q.shape
     if keys.stride() != values.stride() or keys.stride(3) != 1:
         keys, values = keys.contiguous(), values.contiguous()
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    tiling = tiling or tiling_for(batch, keys.shape[1], keys.shape[2], processors)
+    tiling = tiling or tiling_for(batch, keys.shape[1], keys.shape[2], processors(q.device))
     scratch = Scratch.allocate(batch, heads, keys.shape[1], head_dim, tiling.splits, q.device)
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device)
