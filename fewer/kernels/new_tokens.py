@@ -1,4 +1,4 @@
-"""One new token a row on its way into attention, as the projections leave it: what the kernels of a replayed pass take."""
+"""One new token a row on its way into attention, as the projections leave it: what kernels of replayed passes take."""
 
 from __future__ import annotations
 

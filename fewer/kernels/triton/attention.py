@@ -154,8 +154,8 @@ def decode_attention(
 
     `query` is [B, HEADS, HEAD_DIM]; FUSED: [B, HEADS + 2·KV_HEADS, HEAD_DIM], before norm and rotation, and the new
     token takes slot lengths[b] and position lengths[b]. window > 0: only the last `window` tokens, the new one counted.
-    PLACED (and FUSED): places [B, 3] int32 has, for each row, its cached slots, the slot for the new token, which may be
-    one of them, and the first slot that is seen behind the `sinks` first ones.
+    PLACED (and FUSED): places [B, 3] int32 has, for each row, how many slots are cached, the slot for the new token,
+    which may be one of them, and the first slot that is seen behind the `sinks` first ones.
     part_out [B, n, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, n] int32, zero before and after.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS

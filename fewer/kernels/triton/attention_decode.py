@@ -99,7 +99,8 @@ def launch(
     on_cpu = query.device.type == "cpu"
     options: dict[str, object] = {"launch_pdl": True} if pdl else {}
     decode_attention[(tiling.splits, members, batch)](
-        query, keys, values, lengths, lengths if places is None else places, lengths if chosen is None else chosen, out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
+        query, keys, values, lengths, lengths if places is None else places, lengths if chosen is None else chosen,
+        out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
         scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0, sinks,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
