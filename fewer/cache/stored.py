@@ -186,10 +186,8 @@ class StoredCache:
         from fewer.kernels.triton.attention_decode import attend_new  # Triton is imported only where there is a GPU
 
         (pool,) = self.pools
-        return Capture(
-            (pool.data_ptr(), pool.shape, pool.dtype),
-            lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1]),
-        )
+        key = pool.data_ptr(), pool.shape, pool.dtype
+        return Capture(key, lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1]))
 
     def capture(self, step: Step) -> Capture | None:
         """The step placed, where `contiguous` holds."""

@@ -2,8 +2,8 @@
 
 A layer is a few kernels: [norm · qkv], what its cache launches, [o + residual], [norm · gate, up · gating],
 [down + residual]. A cache says by a `Capture` what it launches and what the graph depends on. Over a contiguous one,
-[rotation · cache write · attention · merge] is one kernel, and lengths are read on the device, so one graph serves every
-length up to the cache's capacity. The numbers are those of `fewer.model.transformer`, up to rounding.
+[rotation · cache write · attention · merge] is one kernel, and lengths are read on the device, so one graph serves
+every length up to the cache's capacity. The numbers are those of `fewer.model.transformer`, up to rounding.
 """
 
 from __future__ import annotations

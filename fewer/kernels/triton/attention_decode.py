@@ -71,13 +71,15 @@ def tiling_for(batch: int, kv_heads: int, longest: int, multiprocessors: int) ->
 
 
 class Share(NamedTuple):
-    """Heads of a layer that lie apart from the others, and where their rows' tokens are."""
+    """Heads of a layer that lie apart from the others, and where their rows' tokens are.
+
+    places [B, 3] int32: slots in use, the slot of the new token, the first one that is seen behind the `sinks` first.
+    Without it slots are positions.
+    """
 
     members: Tensor | None = None  # [n] int32: which of the layer's key heads; None: all
-    places: Tensor | None = (
-        None  # [B, 3] int32: slots in use, slot of the new token, first seen; None: as positions say
-    )
-    sinks: int = 0  # first slots, which are seen, too
+    places: Tensor | None = None
+    sinks: int = 0
 
 
 def launch(
