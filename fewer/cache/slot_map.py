@@ -144,6 +144,12 @@ class SlotMap:
         self.table[:, slot : slot + width] = positions
         return slot
 
+    def place_each(self, positions: Tensor) -> None:
+        """Place one token [B, 1] behind each row's slots, where there is room."""
+        self.pending = [1] * len(self.counts)
+        slots = torch.tensor(self.counts, device=self.device)[:, None]
+        self.table.scatter_(1, slots, positions)
+
     def make_room(self, width: int) -> Tensor | None:
         """Evict where `width` more tokens would not fit: old slots [B, n] that move to slots 0..n-1, or None."""
         if self.window is None or max(self.counts) + width <= self.capacity:
