@@ -99,6 +99,15 @@ def compare(
     rounds: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Times that everything is measured.")
     ] = 3,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=MEASURING,
+            help="Prompts answered at once; what they begin with alike is computed once by caches that can.",
+        ),
+    ] = 1,
     prompt_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=MEASURING, help="Length of the prefill that is timed.")
     ] = 768,
@@ -131,6 +140,7 @@ def compare(
     settings = Settings(
         max_tokens=max_tokens,
         rounds=rounds,
+        batch=batch,
         prompt_tokens=prompt_tokens,
         text_tokens=text_tokens,
         dtype=dtype,

@@ -84,7 +84,7 @@ COLUMNS = (
     Column("weights MB", "Bytes of all weights as loaded", lambda c, r: r.weight_bytes, megabytes, "low"),
     Column(
         "KV MB",
-        "Bytes allocated for keys and values after the timed prefill",
+        "Bytes allocated for keys and values after the timed prefill; with batches, of the largest one at its end",
         lambda c, r: r.kv_bytes,
         megabytes,
         "low",

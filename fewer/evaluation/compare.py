@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from fewer.evaluation.divergence import Divergence, Reference, divergence, refer
 from fewer.evaluation.machine import machine
 from fewer.evaluation.perplexity import perplexity
 from fewer.evaluation.prompts import built_in_prompts, repeat_to
-from fewer.evaluation.speed import decode_rate, prefill_seconds, read_rate, run, tokens_a_pass
+from fewer.evaluation.speed import Run, decode_rate, prefill_seconds, read_rate, run, run_batch, tokens_a_pass
 from fewer.language_model import LanguageModel, load
 from fewer.recipe import Recipe
 
@@ -172,7 +173,9 @@ class _Bench:
     def _round(self, row: Row) -> Round:
         model = self.models[row.recipe]
         seconds, row.kv_bytes = prefill_seconds(model, self.long_prompt)
-        runs = [run(model, prompt, self.settings.max_tokens) for prompt in self.prompts]
+        runs = self._runs(model)
+        if self.settings.batch > 1:
+            row.kv_bytes = max(each.kv_bytes for each in runs)
         return Round(
             first_seconds=statistics.median(each.first_seconds for each in runs),
             prefill_rate=len(self.long_prompt) / seconds,
@@ -180,6 +183,15 @@ class _Bench:
             read_rate=read_rate(runs),
             tokens_per_pass=tokens_a_pass(runs),
         )
+
+    def _runs(self, model: LanguageModel) -> list[Run]:
+        """Answers to all prompts, one after the other or a batch at a time."""
+        batch, most = self.settings.batch, self.settings.max_tokens
+        if batch == 1:
+            return [run(model, prompt, most) for prompt in self.prompts]
+        whole = -(-len(self.prompts) // batch) * batch
+        again = list(islice(cycle(self.prompts), whole))
+        return [run_batch(model, again[first : first + batch], most) for first in range(0, whole, batch)]
 
     def _quality(self, model: LanguageModel, text: str | None) -> Quality:
         total = sum((divergence(model, each) for each in self.references), Divergence())
@@ -282,7 +294,7 @@ def _weights_of(recipe: Recipe) -> Recipe:
 
 
 def _check(settings: Settings) -> None:
-    least = {"max_tokens": 2, "rounds": 1, "prompt_tokens": 1, "text_tokens": 2, "window": 2}
+    least = {"max_tokens": 2, "rounds": 1, "batch": 1, "prompt_tokens": 1, "text_tokens": 2, "window": 2}
     for name, lowest in least.items():
         value = getattr(settings, name)
         if value < lowest:

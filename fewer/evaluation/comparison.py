@@ -21,6 +21,7 @@ class Settings:
 
     max_tokens: int = 32  # of each answer
     rounds: int = 3
+    batch: int = 1  # prompts that are answered at once; with more than there are, they come again
     prompt_tokens: int = 768  # of the prefill that is timed, after which keys and values are weighed
     text_tokens: int = 1024  # of the user's text, at most
     window: int = 512  # of perplexity on the user's text

@@ -94,6 +94,18 @@ def test_a_failing_recipe_says_why_and_the_others_go_on(comparison: Comparison) 
     assert all(row.measured for row in comparison.rows[:4])
 
 
+def test_a_batch_shares_what_its_prompts_begin_with(folder: Path) -> None:
+    """Two prompts, four at once: each comes twice."""
+    prompts = [TEXT[:200] + end for end in (" one", " two")]
+    recipes = [Recipe(cache="full"), Recipe(cache="hydragen:shortest=2,split=always")]
+    found = compare(str(folder), recipes, replace(SETTINGS, batch=4, rounds=1), prompts)
+    full, hydragen = found.rows
+    assert full.measured and hydragen.measured, (full.failure, hydragen.failure)
+    assert full.kv_bytes is not None and hydragen.kv_bytes is not None
+    assert hydragen.kv_bytes < 0.75 * full.kv_bytes
+    assert found.bandwidth_fraction(hydragen) is None
+
+
 def test_perplexity_on_a_given_text_is_that_of_the_decode_path(folder: Path, model: LanguageModel) -> None:
     settings = replace(SETTINGS, rounds=1, max_tokens=2, text_tokens=60, window=32)
     found = compare(str(folder), RECIPES[:1], settings, PROMPTS[:1], TEXT, "essay.txt")

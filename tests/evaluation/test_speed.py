@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from fewer.evaluation.bandwidth import BandwidthProbe
 from fewer.evaluation.bench import bench
 from fewer.evaluation.memory import kv_bytes_read, peak_rss, weight_bytes_read
 from fewer.evaluation.prompts import built_in_prompts, read_prompts, repeat_to, split_prompts
-from fewer.evaluation.speed import Run, Spread, decode_rate, prefill_seconds, read_rate, run, tokens_a_pass
+from fewer.evaluation.speed import Run, Spread, decode_rate, prefill_seconds, read_rate, run, run_batch, tokens_a_pass
 from fewer.language_model import LanguageModel
 from fewer.recipe import Recipe
 from tests.evaluation.conftest import TEXT
@@ -52,6 +53,16 @@ def test_a_run_may_ignore_the_end_of_an_answer(model: LanguageModel) -> None:
     prompts = [model.tokenizer.encode(TEXT)[start : start + 9] for start in range(40)]
     assert any(len(run(model, prompt, 16).tokens) < 16 for prompt in prompts)
     assert all(len(run(model, prompt, 16, stop=False).tokens) == 16 for prompt in prompts)
+
+
+def test_a_batch_writes_what_each_prompt_gets_alone(model: LanguageModel) -> None:
+    prompts = [model.tokenizer.encode(TEXT)[start : start + 12] for start in (0, 5, 40)]
+    alone = [run(model, prompt, 12).tokens for prompt in prompts]
+    found = run_batch(model, prompts, 12)
+    assert sorted(found.tokens) == sorted(token for tokens in alone for token in tokens)
+    assert found.decoded == sum(map(len, alone)) - 3
+    assert found.passes == max(map(len, alone)) - 1
+    assert math.isnan(read_rate([found]))  # rows may share what they read
 
 
 def test_speculation_takes_fewer_passes_for_the_same_tokens(model: LanguageModel) -> None:
