@@ -16,6 +16,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from fewer.cache import prefix_capture
+from fewer.cache.prefix_capture import OwnText
 from fewer.cache.prefix_gate import split_cost
 from fewer.cache.prefix_level import LevelKeys, PrefixLevel, Reading, Sight
 from fewer.cache.prefix_tree import PrefixNode, prefix_levels, worthwhile
@@ -29,7 +31,7 @@ from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
 from fewer.registry import method
-from fewer.slots import KVCache
+from fewer.slots import Capture, KVCache
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,11 @@ class HydragenLayer(StoredLayer):
                 q[:, :, 0],
                 self.keys,
                 self.values,
-                torch.arange(len(q), dtype=torch.int32, device=q.device)[:, None],
+                self.cache.own.pages,
                 None,
                 None,
                 "token",
-                self.cache.own_lengths,
+                self.cache.own.lengths,
                 self.scale,
                 self.softcap,
             )
@@ -109,7 +111,7 @@ class HydragenCache(StoredCache):
         self._readings: list[Reading] = []  # of the step under way, one a level
         self._sights: dict[tuple[int, int], list[Sight] | None] = {}  # of a level and a kind
         self.by_lengths = device.type == "cuda"  # one new token a row goes to a kernel that asks for the rows' lengths:
-        self.own_lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # slots, the new token's included
+        self.own = OwnText(batch, device)
 
     @property
     def nbytes(self) -> int:
@@ -235,8 +237,20 @@ class HydragenCache(StoredCache):
         self._readings = [level.reading(new, width) for level in self.levels]
         self._sights = {}
         if self.levels and self.by_lengths:
-            lengths = [count + n for count, n in zip(self.maps[0].counts, new, strict=True)]
-            self.own_lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+            self.own.count([count + n for count, n in zip(self.maps[0].counts, new, strict=True)])
+
+    def capture(self, step: Step) -> Capture | None:
+        """One token a row behind shared prefixes. Rows that wait get one, too, which is not committed."""
+        if not self.levels:
+            return super().capture(step)
+        slots = self.maps[0]
+        if self.skips or len(self.maps) > 1 or slots.window is not None:
+            return None
+        self._drop_tentative()
+        slots.place_each(step.positions)
+        self._tentative, self._step = 1, None
+        self.own.place(slots.counts, self.pools[0])
+        return prefix_capture.capture(self.pools[0], self.own, self.levels)
 
     def shared_parts(self, layer: HydragenLayer, q: Tensor, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
         """The parts of the levels, root first: q [B, H, T, D] -> (output [B, H, T, D], log-sum-exp [B, H, T])."""

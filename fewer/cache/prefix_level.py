@@ -87,6 +87,7 @@ class PrefixLevel:
     def __init__(self, keys: Sequence[LevelKeys], starts: list[int], stops: list[int], members: list[list[int]]):
         self.keys, self.starts, self.stops, self.members = keys, starts, stops, members
         self._known: dict[tuple[tuple[int, ...], int], Reading] = {}
+        self._one_each: Reading | None = None
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +100,7 @@ class PrefixLevel:
         for rows in self.members:
             if row in rows:
                 rows.remove(row)
-        self._known = {}
+        self._known, self._one_each = {}, None
 
     def reading(self, new: Sequence[int], width: int) -> Reading:
         """The queries of a step that brings new[b] tokens of row b, padded to `width`. Rows without new tokens, such as
@@ -118,6 +119,13 @@ class PrefixLevel:
             there = torch.tensor(pointers, dtype=torch.int32, device=device)
             self._known = {key: Reading(index, len(queries), pointers, there)}  # the next step is likely to be alike
         return self._known[key]
+
+    def one_each(self, batch: int) -> Reading:
+        """The queries of a step with one token in every row: the same object until a row leaves."""
+        if self._one_each is None:
+            with torch.inference_mode(False):
+                self._one_each = self.reading([1] * batch, 1)
+        return self._one_each
 
     def sights(self, kind: int, reading: Reading, positions: Tensor) -> list[Sight] | None:
         """What the queries at positions [B, T] see through the kind's window. None: everything."""

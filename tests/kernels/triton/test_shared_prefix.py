@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewer.kernels.attention import attend
-from fewer.kernels.triton.shared_prefix import Blocks, attend_prefix, blocks_for, splits_for
+from fewer.kernels.triton.shared_prefix import Blocks, attend_prefix, blocks_for, launch, splits_for
 from tests.kernels.attention_problems import PrefixProblem, assert_equal, prefix_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the interpreter's log2 of 0
@@ -60,3 +60,17 @@ def test_pages_may_overlap(device: torch.device) -> None:
         out, lse = attend(q[rows].transpose(0, 1)[None], k, v, 0.3)  # [1, H, rows, D]
         wanted = out[0].transpose(0, 1).double().cpu(), lse[0].t().double().cpu()
         assert_equal((found[0][rows], found[1][rows]), wanted, 2e-5)
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS, Blocks(16, 32, 1, 4, 2)])
+def test_groups_may_be_made_of_some_rows_in_any_order(blocks: Blocks, device: torch.device) -> None:
+    """Rows of no group keep what lies in their place."""
+    case = prefix_problem([3, 2], [70, 33], 3)
+    members = torch.tensor([5, 0, 2, 6, 3])
+    q = torch.zeros(7, *case.q.shape[1:])
+    q[members] = case.q
+    found = torch.full(q.shape, 7.0, device=device), torch.full(q.shape[:2], 7.0, device=device)
+    _, *rest = case.arguments(device)
+    launch(q.to(device), *rest, *found, 0.3, None, members.to(device), blocks)
+    assert_equal(tuple(part[members.to(device)] for part in found), case.answer(0.3, None), 2e-5)
+    assert all(bool((part[[1, 4]] == 7).all()) for part in found)
