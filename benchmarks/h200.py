@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import time
@@ -27,46 +26,11 @@ import torch  # noqa: E402
 from benchmarks import h200_kernels as kernels  # noqa: E402
 from benchmarks import h200_models as models  # noqa: E402
 from benchmarks import h200_peers as peers  # noqa: E402
+from benchmarks.h200_report import Report, Results  # noqa: E402
 from fewer.engine import cuda  # noqa: E402
 from fewer.engine.runner import Runner  # noqa: E402
 from fewer.evaluation.machine import machine  # noqa: E402
 from fewer.model.config import ModelConfig  # noqa: E402
-
-Results = dict[str, object]
-
-
-class Report:
-    """Collects sections and writes them after each."""
-
-    def __init__(self, folder: Path, only: list[str], stop: float):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.only, self.stop = folder / "h200.json", only, stop
-        self.results: Results = {}
-
-    def section(self, name: str, work: Callable[[], object]) -> object:
-        if self.only and not any(name.startswith(prefix) for prefix in self.only):
-            return None
-        if time.monotonic() > self.stop:
-            self.results[name] = "skipped: out of time"
-            return None
-        start = time.monotonic()
-        try:
-            result = work()
-        except Exception as error:
-            traceback.print_exc(limit=6)
-            result = {"failed": repr(error)[:500]}
-        seconds = round(time.monotonic() - start, 1)
-        self.results[name] = {"result": result, "seconds": seconds}
-        self.path.write_text(json.dumps(self.results, indent=1, default=str))
-        print(f"== {name} ({seconds} s): {json.dumps(result, default=_short)[:1500]}", flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return result
-
-
-def _short(value: object) -> str:
-    return str(value)
 
 
 def _number(result: object, key: str, default: float) -> float:
@@ -105,7 +69,7 @@ def run_model(
 
 def run(options: argparse.Namespace) -> Results:
     device, tiny = torch.device(options.device), options.tiny
-    report = Report(options.out, options.only, time.monotonic() + options.seconds)
+    report = Report(options.out / "h200.json", options.only, options.seconds)
     report.results["environment"] = _environment(device)
     rates = report.section("bandwidth", lambda: kernels.bandwidth(device, tiny))
     read = max(_number(rates, "read_bytes_per_second", 4.3e12), _number(rates, "copy_bytes_per_second", 0))
