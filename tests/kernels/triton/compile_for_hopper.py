@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from fewer.cache import FullCache
 from fewer.engine.cuda import CudaDecoder
+from fewer.kernels.new_tokens import Workspace
 from fewer.kernels.tile_attention import Lambda, TileLists
 from fewer.kernels.triton.attention_decode import attention_decode
 from fewer.kernels.triton.linear import Fused, dequantize, multiply
@@ -25,6 +26,7 @@ from fewer.kernels.triton.list_attention import attend_list
 from fewer.kernels.triton.norm import add_rms_norm, rms_norm
 from fewer.kernels.triton.shared_prefix import attend_prefix
 from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
+from fewer.kernels.triton.top_k import top_k
 from tests.engine.test_cuda import FEATURES, SMALL, build
 from tests.kernels.triton.test_linear import ACTIVATIONS, problem
 from tests.random_model import config_of
@@ -115,6 +117,12 @@ def tiles() -> None:
         column_sums(q, k, lse, torch.ones(200), 0, kept, 0.1)
 
 
+def selections() -> None:
+    for lists, length in ((8, 300_000), (2, 1000)):
+        scores, indices = torch.zeros(1, 8, length), torch.zeros(1, lists, 48, dtype=torch.int32)
+        top_k(scores, 48, torch.ones(1, dtype=torch.int32), lists, indices, Workspace(CPU))
+
+
 def decoders() -> None:
     everything = FEATURES["biases everywhere"] | FEATURES["norms of heads"] | FEATURES["a layer without positions"]
     for kind, changes, batch in (("dense", everything, 3), ("int4", FEATURES["caps and scales"], 1)):
@@ -128,6 +136,7 @@ if __name__ == "__main__":
     attentions()
     parts_of_keys()
     tiles()
+    selections()
     products()
     decoders()
     print(len(compiled))
