@@ -19,8 +19,11 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from fewer.kernels.list_attention import ListAttention, Unit
+from fewer.kernels.new_tokens import NewTokens
+from fewer.kernels.new_tokens import processors as processors_of
 from fewer.kernels.triton.attention import LOG2_E, merge_parts
 from fewer.kernels.triton.attention_decode import Scratch, Tiling
+from fewer.kernels.triton.gemv import wait_for_previous
 from fewer.kernels.triton.running_softmax import fold_tall, scores_of
 
 
@@ -67,25 +70,29 @@ def load_tile(storage, place, inside, HEAD_DIM: tl.constexpr, DIM: tl.constexpr)
 
 
 @triton.jit
-def tokens_in_all(counts, lengths, pairs, PAIRS_P: tl.constexpr, PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr):
+def tokens_in_all(counts, lengths, fresh, pairs, PAIRS_P: tl.constexpr, PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr):
     """Tokens in the lists of all rows and heads; with UNIT "all", of all rows and one head."""
     pair = tl.arange(0, PAIRS_P)
     total = tl.sum(tl.load((lengths if UNIT == "all" else counts) + pair, mask=pair < pairs, other=0), 0)
-    return total * PAGE_SIZE if UNIT == "page" else total
+    if UNIT == "all":
+        return total + pairs * fresh
+    else:
+        return total * PAGE_SIZE if UNIT == "page" else total
 
 
 @triton.jit
 def list_attention(
     query, keys, values, table, lists, counts, lengths, out, lse, scores, part_out, part_lse, tickets,
-    scale, softcap, stride_page, stride_head, stride_slot, stride_table, longest, width, pairs, programs,
+    scale, softcap, stride_page, stride_head, stride_slot, stride_table, longest, width, fresh, pairs, programs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, LISTS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     GROUP_P: tl.constexpr, SPLITS: tl.constexpr, SPLITS_P: tl.constexpr, PAIRS_P: tl.constexpr,
     PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr, WITHIN_PAGE: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr, ON_CPU: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr, SOFTCAP: tl.constexpr, SCORES: tl.constexpr,
+    ON_CPU: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLITS, LISTS, B); LISTS is KV_HEADS or HEADS. query, out [B, HEADS, HEAD_DIM], lists [B, LISTS, longest].
 
+    Rows have lengths[b] + fresh tokens. COUNTED: of a list the first counts[b, h] are meant; else all `longest`.
     WITHIN_PAGE: no block crosses a page, so its entry and page are scalars. PAIRS_P > 1: rows or heads differ in
     length, and about `programs` runs of one length are made of all of them. scores [B, HEADS, width] float32.
     part_out [B, LISTS, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, LISTS] int32, zero before and
@@ -94,15 +101,17 @@ def list_attention(
     GROUP: tl.constexpr = HEADS // LISTS
     split, list_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pair = row * LISTS + list_head
-    length = tl.load(lengths + row)
+    length = tl.load(lengths + row) + fresh  # no kernel of the pass may write it: all else is read after waiting
+    wait_for_previous(PDL)
     tokens = length
-    count = length
-    if UNIT != "all":
+    count = longest
+    if COUNTED:
         count = tl.load(counts + pair)
+    if UNIT != "all":
         tokens = count * PAGE_SIZE if UNIT == "page" else count
     run = tl.cdiv(tokens, SPLITS)
     if PAIRS_P > 1:
-        every = tokens_in_all(counts, lengths, pairs, PAIRS_P, PAGE_SIZE, UNIT)
+        every = tokens_in_all(counts, lengths, fresh, pairs, PAIRS_P, PAGE_SIZE, UNIT)
         run = tl.maximum(run, tl.cdiv(every * (LISTS if UNIT == "all" else 1), programs))
     run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(tokens, tl.maximum(run, 1)))
@@ -173,29 +182,39 @@ def list_attention(
 
 
 TILE_BYTES = 16384  # of keys, and as many of values, in one step of the loop
-RESIDENT = 3  # programs that share a multiprocessor, with two such steps on their way
+SHORT_BYTES = 131072  # of keys a multiprocessor, up to which waiting is longer than reading
 
 
 def tiling_for(pairs: int, longest: int, even: bool, token_bytes: int, page_size: int, processors: int) -> Tiling:
     """`pairs` of rows and list heads, lists of `longest` tokens at most, keys of `token_bytes` when padded.
 
-    One wave of programs where all lists are `even`. Others get twice as many, shorter ones, and room for a list of
-    four times the average length.
+    The fastest of those in benchmarks/results/h200_lists.json, or 2 % from it: one wave of two programs on every
+    multiprocessor, with three steps on their way. Where there is little to read, one program, which takes larger steps:
+    fewer parts are merged sooner. Where lists are not `even`, there is room for one of four times the average length.
     """
-    slots = max(16, min(128, TILE_BYTES // token_bytes))
-    if page_size == 64:  # a step that lies in one page has one entry and one address
+    short = pairs * longest * token_bytes <= SHORT_BYTES * processors
+    slots = max(16, min(128, (2 if short else 1) * TILE_BYTES // token_bytes))
+    if page_size == 64 and not short:  # a step that lies in one page has one entry and one address
         slots = min(slots, 64)
-    programs = RESIDENT * processors * (1 if even else 2)
+    programs = processors * (1 if short else 2)
     splits = min(-(-longest // slots), programs * (1 if even else 4) // pairs)
-    return Tiling(max(1, splits), programs, slots, stages=2)
+    return Tiling(max(1, splits), programs, slots, stages=2 if short else 3)
+
+
+def key_bytes(keys: Tensor) -> int:
+    """Of one key in a tile."""
+    return max(16, next_power_of_2(keys.shape[-1])) * keys.element_size()
 
 
 def launch(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lists: Tensor | None, counts: Tensor | None, unit: Unit,
     lengths: Tensor, out: Tensor, lse: Tensor, scores: Tensor | None, scratch: Scratch, tiling: Tiling, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, fresh: int = 0, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """`fewer.kernels.list_attention.attend_list` into `out`, `lse` and `scores`; counts are needed with lists."""
+    """`fewer.kernels.list_attention.attend_list` into `out`, `lse` and `scores`.
+
+    `fresh`: tokens of every row that were stored since `lengths` were counted. `pdl`: `lengths` are no kernel's work.
+    """
     batch, heads, head_dim = q.shape
     kv_heads, page_size = keys.shape[1:3]
     kind = "all" if lists is None else unit
@@ -203,17 +222,20 @@ def launch(
     group, pairs = heads // list_heads, batch * (1 if lists is None else list_heads)
     single = table.shape[1] == 1 and kind != "page"
     within_page = (single and kind == "all") or (kind != "token" and page_size % tiling.slots == 0)
+    uneven = tiling.splits > 1 and (counts is not None or kind == "all")
     width = scratch.out.shape[-1]
+    options: dict[str, object] = {"launch_pdl": True} if pdl else {}
     list_attention[(tiling.splits, list_heads, batch)](
         q, keys, values, table, lengths if lists is None else lists, lengths if counts is None else counts, lengths,
         out, lse, lse if scores is None else scores, scratch.out, scratch.lse, scratch.tickets,
         scale, softcap or 0.0, keys.stride(0), keys.stride(1), keys.stride(2), table.stride(0),
-        0 if lists is None else lists.shape[2], 0 if scores is None else scores.shape[2], pairs, tiling.programs,
-        heads, kv_heads, list_heads, head_dim, width, next_power_of_2(group), tiling.splits,
-        next_power_of_2(tiling.splits), next_power_of_2(pairs) if tiling.splits > 1 else 1,
+        0 if lists is None else lists.shape[2], 0 if scores is None else scores.shape[2], fresh, pairs,
+        tiling.programs, heads, kv_heads, list_heads, head_dim, width, next_power_of_2(group), tiling.splits,
+        next_power_of_2(tiling.splits), next_power_of_2(pairs) if uneven else 1,
         0 if single else page_size, kind, within_page, tiling.slots, tiling.stages,
-        max(1, 8192 // (width * next_power_of_2(group))), bool(softcap), scores is not None,
-        q.device.type == "cpu", "ieee" if keys.dtype == torch.float32 else "tf32", num_warps=tiling.warps,
+        max(1, 8192 // (width * next_power_of_2(group))), counts is not None and kind != "all", bool(softcap),
+        scores is not None, q.device.type == "cpu", "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
+        num_warps=tiling.warps, **options,
     )  # fmt: skip
 
 
@@ -231,12 +253,9 @@ def attend_list(
     if lists is not None:
         lists, list_heads = lists.contiguous(), lists.shape[1]
         longest = lists.shape[2] * (page_size if unit == "page" else 1)
-        if counts is None:
-            counts = torch.full((batch, list_heads), lists.shape[2], dtype=torch.int32, device=q.device)
     if tiling is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-        even, token_bytes = lists is None and batch == 1, next_power_of_2(head_dim) * keys.element_size()
-        tiling = tiling_for(batch * list_heads, longest, even, token_bytes, page_size, processors)
+        even, token_bytes = batch == 1 if lists is None else counts is None, key_bytes(keys)
+        tiling = tiling_for(batch * list_heads, longest, even, token_bytes, page_size, processors_of(q.device))
     scratch = Scratch.allocate(batch, heads, list_heads, head_dim, tiling.splits, q.device)
     out = torch.empty(batch, heads, head_dim, device=q.device)
     lse = torch.empty(batch, heads, device=q.device)
@@ -247,3 +266,21 @@ def attend_list(
         softcap,
     )  # fmt: skip
     return ListAttention(out, lse, scores)
+
+
+def attend_new(
+    new: NewTokens, q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lists: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Queries [B, H, D], turned, over listed tokens [B, H or Hk, n] int32, or over all (with `scores` [B, H, S] float32
+    to be filled), of contiguous keys [B, Hk, S, D] that have the new ones at their positions -> `new.out`."""
+    batch, capacity = len(q), keys.shape[2]
+    list_heads, longest = (keys.shape[1], capacity) if lists is None else lists.shape[1:]
+    even = batch == 1 if lists is None else True
+    tiling = tiling_for(batch * list_heads, longest, even, key_bytes(keys), capacity, processors_of(keys.device))
+    scratch = Scratch.take(new.workspace, batch, list_heads, tiling.splits, new.heads // list_heads, new.head_dim)
+    launch(
+        q, keys, values, table, lists, None, "token", new.positions, new.out,
+        new.workspace.take("log-sum-exp", (batch, new.heads)), scores, scratch, tiling, new.scale, new.softcap,
+        fresh=1, pdl=new.pdl,
+    )  # fmt: skip

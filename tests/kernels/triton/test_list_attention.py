@@ -69,5 +69,7 @@ def test_bfloat16_storage(device: torch.device) -> None:
 
 def test_the_chosen_tiling_fills_the_gpu_and_covers_the_lists(device: torch.device) -> None:
     check(list_problem([70, 33], "key head"), device, tiling=None)
-    assert tiling_for(8, 262144, True, 256, 262144, 132) == Tiling(49, 396, 64, stages=2)  # 392 programs, one wave
+    assert tiling_for(8, 262144, True, 256, 262144, 132) == Tiling(33, 264, 64, stages=3)  # one wave of two programs
+    assert tiling_for(8, 262144, False, 256, 64, 132) == Tiling(132, 264, 64, stages=3)
+    assert tiling_for(8, 4096, True, 256, 262144, 132) == Tiling(16, 132, 128, stages=2)  # one program
     assert tiling_for(8, 64, False, 256, 64, 132).splits == 1  # none shorter than a step
