@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewer.cache.slot_map import SlotMap, StepPlan
+from fewer.kernels.causal import needs_no_mask
 from fewer.model.step import Step
 from fewer.slots import Place
 
@@ -69,10 +70,10 @@ class HeadPool:
             absent[:, plan.start : plan.stop] = skipped
         else:
             absent.scatter_(1, plan.slots, skipped)
-        if plan.causal:  # the text begins with this step, and nothing in it skips the layer
+        if plan.causal and plan.start == 0:  # the text begins with this step, and nothing in it skips the layer
             return None
         present = ~absent[:, None, None, plan.first : plan.stop]
-        return present if plan.mask is None else plan.mask & present
+        return present if plan.visible is None else plan.visible & present
 
     def is_plain_window(self, plan: StepPlan) -> bool:
         """Whether each query of the step sees the sinks and its own window, and all rows begin at one slot."""
@@ -80,9 +81,32 @@ class HeadPool:
             self.slots.window is not None
             and not self.slots.by_chunk
             and plan.step.mask == "causal"
+            and plan.step.layer_plan is None
             and plan.start is not None
             and self.absent is None
         )
+
+    def is_plain_chunk(self, plan: StepPlan) -> bool:
+        """Whether each query of the step sees the sinks, the window in front of the step and the step's triangle, where
+        a triangle is attended to without a mask."""
+        return (
+            self.slots.by_chunk
+            and plan.step.role == "prompt"
+            and plan.step.mask == "causal"
+            and plan.step.layer_plan is None
+            and plan.start is not None
+            and self.absent is None
+            and needs_no_mask(self.slots.device)
+        )
+
+    def before_chunk(self, stored: Tensor, plan: StepPlan) -> Tensor:
+        """What a plain chunk sees of keys or values [B, n, stop, D]: the sinks, the window in front of it, and it."""
+        slots = self.slots
+        assert slots.window is not None and plan.start is not None
+        low = plan.start - slots.window + 1
+        if low <= slots.sinks:
+            return stored
+        return torch.cat((stored[:, :, : slots.sinks], stored[:, :, low:]), dim=2)
 
     def place_one(self, position: int) -> Place:
         """Commit a token of the only row, which the caller stores."""

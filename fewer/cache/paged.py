@@ -69,9 +69,10 @@ class PagedLayer:
         if self.window is not None:
             (first, mask), causal = self.cache.near(plan, self.window), False
         size, absent = self.cache.pool.page_size, self.cache.absent
-        if absent is not None and not plan.slots.causal:
+        if absent is not None and not (plan.slots.causal and plan.slots.start == 0):
             present = ~absent[self.index, :, None, None, first * size : plan.slots.stop]
-            mask = present if mask is None else mask & present
+            mask = mask if self.window is not None else plan.slots.visible
+            mask, causal = present if mask is None else mask & present, False
         keys, values = self.cache.pool.storage[self.index]
         return paged_attention(
             q,
@@ -154,7 +155,8 @@ class PagedCache:
             step, stop = plan.step, plan.slots.stop
             mask = (step.positions[:, :, None] - self.slots.table[:, None, :stop] < window)[:, None]
             if plan.slots.causal:
-                mask = mask & torch.ones(stop, stop, dtype=torch.bool, device=self.device).tril()
+                width = step.positions.shape[1]
+                mask = mask & torch.ones(width, stop, dtype=torch.bool, device=self.device).tril(stop - width)
             elif plan.slots.mask is not None:
                 mask = mask & plan.slots.mask
             first = int(mask.flatten(0, 2).any(0).int().argmax()) // self.pool.page_size

@@ -8,13 +8,14 @@ decided by position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewer.errors import FewerError
+from fewer.kernels.causal import needs_no_mask
 from fewer.model.step import Step
 
 SLACK = 128  # tokens beyond the window that stay: the largest step, and how far a rollback reaches
@@ -29,8 +30,21 @@ class StepPlan:
     slots: Tensor | None  # [B, T] slots written, when rows differ
     stop: int  # slots 0..stop-1 are read
     first: int  # … from this one on
-    mask: Tensor | None  # [B or 1, 1, T, stop - first] bool, or None: every slot is visible (or `causal`)
-    causal: bool  # the plain triangle from slot 0
+    causal: bool  # query t sees slots 0..stop-T+t: the plain triangle, which attention draws itself
+    make_mask: Callable[[], Tensor] | None  # None: it is made, or every slot is visible
+    made: Tensor | None = None  # the mask, once there is one
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B or 1, 1, T, stop - first] bool; None: every slot is visible, or `causal` says which."""
+        return None if self.causal else self.visible
+
+    @property
+    def visible(self) -> Tensor | None:
+        """The mask, of a triangle, too; None: every slot. Layers share it, and it is made when the first one asks."""
+        if self.made is None and self.make_mask is not None:
+            self.made = self.make_mask()
+        return self.made
 
 
 class SlotMap:
@@ -95,9 +109,10 @@ class SlotMap:
         if width == 1 and same and batch >= 1 and not ragged:
             return self._plan_one(step, start or 0, stop), moves
         simple = self.window is None and step.mask == "causal" and same and step.layer_plan is None
-        if simple and counts[0] == 0:  # padding sits behind every real token, so the triangle hides it
-            return StepPlan(step, start, slots, stop, 0, None, causal=True), moves
-        return StepPlan(step, start, slots, stop, 0, self._mask(step, new, width, stop), causal=False), moves
+        unmasked = step.role == "prompt" and max(new) == width and needs_no_mask(self.device)
+        causal = simple and (counts[0] == 0 or unmasked)
+        # Padding sits behind every real token, so a triangle hides it.
+        return StepPlan(step, start, slots, stop, 0, causal, lambda: self._mask(step, new, width, stop)), moves
 
     def _plan_one(self, step: Step, start: int, stop: int) -> StepPlan:
         """One new token in every row: no mask unless a window leaves a gap behind the sinks."""
@@ -108,7 +123,7 @@ class SlotMap:
                 first = stop - int(visible.sum())
             else:
                 mask = visible[:, None]
-        return StepPlan(step, start, None, stop, first, mask, causal=False)
+        return StepPlan(step, start, None, stop, first, causal=False, make_mask=None, made=mask)
 
     def _mask(self, step: Step, new: list[int], width: int, stop: int) -> Tensor:
         """[B or 1, 1, T, stop] bool: slots that hold a token, that the mask kind shows, inside the window."""

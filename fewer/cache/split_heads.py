@@ -64,14 +64,17 @@ class SplitLayer:
     def _attend(self, part: Part, q: Tensor, k: Tensor, v: Tensor, plans: dict[HeadPool, StepPlan]) -> Tensor:
         pool, plan = part.pool, plans[part.pool]
         keys, values = pool.store(part.span, k, v, plan)
-        mask = pool.mask(self.index, plan)
         if q.shape[2] > BLOCK and pool.is_plain_window(plan):
             slots = pool.slots  # live ones are the sinks and an unbroken run, so places among them serve as positions
             assert slots.window is not None and plan.start is not None
             return sink_window_attention(
                 q, keys, values, plan.start, slots.sinks, slots.window, self.scale, self.softcap
             )
-        return attention(q, keys, values, self.scale, mask, plan.causal, self.softcap)
+        if pool.is_plain_chunk(plan):
+            keys, values = pool.before_chunk(keys, plan), pool.before_chunk(values, plan)
+            return attention(q, keys, values, self.scale, None, True, self.softcap)
+        mask = pool.mask(self.index, plan)
+        return attention(q, keys, values, self.scale, mask, plan.causal and mask is None, self.softcap)
 
 
 class SplitHeadCache:

@@ -38,10 +38,8 @@ class StoredLayer:
         if self.renumber and rotary is not None and self.slots.has_gap(plan):
             near = rotary.apply(unrotated, step.positions.clamp(max=self.slots.budget - 1))
             return self._attend_renumbered(q, near, plan, mask)
-        window = slice(plan.first, plan.stop)
-        return attention(
-            q, self.keys[:, :, window], self.values[:, :, window], self.scale, mask, plan.causal, self.softcap
-        )
+        window, causal = slice(plan.first, plan.stop), plan.causal and mask is None
+        return attention(q, self.keys[:, :, window], self.values[:, :, window], self.scale, mask, causal, self.softcap)
 
     def skip(self, nothing: Tensor, step: Step) -> None:
         plan = self.cache.plan_for(self.slots, step)
@@ -97,10 +95,10 @@ class StoredLayer:
             self.absent[:, plan.start : plan.stop] = skipped
         else:
             self.absent.scatter_(1, plan.slots, skipped)
-        if plan.causal:  # the text begins with this step, and nothing in it skips the layer
+        if plan.causal and plan.start == 0:  # the text begins with this step, and nothing in it skips the layer
             return None
         present = ~self.absent[:, None, None, plan.first : plan.stop]
-        return present if plan.mask is None else plan.mask & present
+        return present if plan.visible is None else plan.visible & present
 
     def move(self, moves: Tensor) -> None:
         """Slot j of row b takes what slot moves[b, j] held."""

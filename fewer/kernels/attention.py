@@ -23,13 +23,21 @@ def attention(
 ) -> Tensor:
     """q [B, H, T, D], k and v [B, Hk, S, D] -> [B, H, T, D], by the fastest exact way on this device.
 
-    `mask` bool, broadcast to [B, 1, T, S]: True = visible. `causal`: T = S and query t sees keys 0..t. One query with
-    neither sees every key. Rows that see nothing give zeros.
+    `mask` bool, broadcast to [B, 1, T, S]: True = visible. `causal`: the queries are the last of the S keys, and query
+    t sees keys 0..S-T+t (0..t where T > S: the last queries are padding). One query with neither sees every key. Rows
+    that see nothing give zeros.
     """
     batch, heads, queries, head_dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, keys = k.shape[1], k.shape[2]
+    if causal and mask is None and q.is_cuda and keys >= queries and not wants_gradient(q, k, v):
+        from fewer.kernels.causal import causal_attention  # which is made of this module's functions
+
+        if keys > queries or softcap or q.element_size() == 2:
+            return causal_attention(q, k, v, scale, softcap)[0]
+    if softcap or (causal and keys > queries):  # PyTorch's triangle begins at the top left
+        mask, causal = with_causal(mask, causal, queries, keys, q.device), False
     if softcap:
-        return attend(q, k, v, scale, _with_causal(mask, causal, queries, q.device), softcap)[0]
+        return attend(q, k, v, scale, mask, softcap)[0]
     if heads == kv_heads:
         return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     if queries == 1:  # the queries of a group become the rows of one product: keys are read once
@@ -79,6 +87,10 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     whatever its output holds; where no part saw a key the output is 0.
     """
     outputs, lses = zip(*parts, strict=True)
+    if outputs[0].is_cuda and outputs[0].dim() == 4 and len(parts) > 1 and not wants_gradient(*outputs, *lses):
+        from fewer.kernels.triton.merge import merge as fused  # Triton is imported only where there is a GPU
+
+        return fused(parts)
     stacked = torch.stack(lses)  # [parts, ..]
     lse = stacked.logsumexp(0)
     weights = (stacked - lse.nan_to_num(neginf=0.0)).exp()[..., None]
@@ -88,8 +100,13 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return total.to(outputs[0].dtype), lse
 
 
-def _with_causal(mask: Tensor | None, causal: bool, queries: int, device: torch.device) -> Tensor | None:
+def with_causal(mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """The mask with the triangle of `causal` in it: [.., T, S] bool."""
     if not causal:
         return mask
-    lower = torch.ones(queries, queries, dtype=torch.bool, device=device).tril()
+    lower = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(max(0, keys - queries))
     return lower[None, None] if mask is None else mask & lower
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewer.kernels.attention import attend
+from fewer.kernels.attention import attend, wants_gradient, with_causal
+from fewer.kernels.causal import causal_attention
 
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 MOST_SCORES = 1 << 26  # that the reference may hold at once
@@ -27,12 +28,12 @@ def attention_part(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D], k and v [B, Hk, S, D] -> (output [B, H, T, D] in q's dtype, log-sum-exp [B, H, T] float32).
 
-    `mask` bool [B or 1, 1, T or 1, S]: True = visible. `causal`: T = S and query t sees keys 0..t. Queries that see
-    nothing give zeros and -inf.
+    `mask` bool [B or 1, 1, T or 1, S]: True = visible. `causal`: S >= T and query t sees keys 0..S-T+t.
+    Queries that see nothing give zeros and -inf.
     """
-    if causal:
-        lower = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = lower[None, None] if mask is None else mask & lower
+    if causal and mask is None and q.is_cuda and q.dtype == k.dtype and not wants_gradient(q, k, v):
+        return causal_attention(q, k, v, scale, softcap)
+    mask = with_causal(mask, causal, q.shape[2], k.shape[2], q.device)
     if q.is_cuda or softcap or FLASH is None or q.dtype != k.dtype or not k.shape[2]:
         return _by_reference(q, k, v, scale, mask, softcap)
     return _by_flash(q, k, v, scale, mask)

@@ -44,8 +44,8 @@ def paged_attention(
     causal: bool = False,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The output of `attend_paged` alone, by the fastest exact way on this device. `causal`: the rows hold nothing but
-    the T new tokens (or fewer), and query t sees slots 0..t."""
+    """The output of `attend_paged` alone, by the fastest exact way on this device. `causal`: the T new tokens are the
+    last of the S slots that the longest row fills, and query t sees slots 0..S-T+t (0..t where T > S)."""
     k, v, live = gather_pages(keys, values, table, lengths)
     # The triangle already hides a shorter row's end from all of its queries.
     seen = None if causal else _both(mask, live, k.shape[2])

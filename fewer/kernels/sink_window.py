@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewer.kernels.attention import attention
+from fewer.kernels.attention import attention, wants_gradient
 from fewer.kernels.tile_attention import Lambda, attend_tiles
 
 BLOCK = 128  # queries at a time
@@ -23,7 +23,7 @@ def sink_window_attention(
 ) -> Tensor:
     """q [B, H, T, D], k and v [B, Hk, start + T, D] -> [B, H, T, D]. Query t stands at start + t, key s at s."""
     width = q.shape[2]
-    if q.is_cuda and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if q.is_cuda and not wants_gradient(q, k, v):
         of_head = torch.ones(q.shape[1], dtype=torch.int32, device=q.device)
         return attend_tiles(q, k, v, start, Lambda(sinks * of_head, window * of_head), scale, softcap or None)[0]
     parts = []
