@@ -68,7 +68,8 @@ class LanguageModel:
         self.transformer = transformer
         self.recipe = recipe
         self.choices = _with_adapters(recipe.choices, checkpoint)
-        self.runner = Runner(transformer)
+        integers = getattr(self.choices["weights"].config, "activations", "float") == "int8"
+        self.runner = Runner(transformer, integers)
         self.context_length = min(context or transformer.config.context_length, transformer.config.context_length)
         self.load_seconds = 0.0
         self._tokenizer: Tokenizer | None = None

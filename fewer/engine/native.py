@@ -58,11 +58,12 @@ def _is_known(stored: WeightFormat) -> bool:
 class NativeDecoder:
     """Runs up to `most` tokens of one sequence through `model`, storing their keys and values in the cache."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, integers: bool = False):
+        """`integers`: what meets 4-bit weights is rounded to 8 bits, so that products are sums of integers."""
         code = library()
         assert isinstance(code, ctypes.CDLL)
         self.decode = code.fewer_decode
-        self.model, self.config = model, model.config
+        self.model, self.config, self.integers = model, model.config, integers
         self.laid_out: Callable[[], Layout | None] = lambda: None  # of the cache that ran last, while it lives
         self.homes = torch.empty(0)  # [L · Hk, 2] int64, the `Home` of each head
         self.held: list[Any] = []  # what the structures point at
@@ -199,6 +200,7 @@ class NativeDecoder:
             activation=c.ACTIVATIONS[config.activation],
             qk_norm=c.QK_NORMS[config.qk_norm],
             rotary=config.rotary_dim or config.head_dim,
+            integers=int(self.integers),
             heads=c.Heads(
                 bfloat16=int(model.dtype == torch.bfloat16),
                 heads=config.heads,

@@ -16,7 +16,8 @@ from fewer.engine.native import supports as native_supports
 from fewer.engine.single_token import SingleToken
 from fewer.engine.single_token import supports as scripted_supports
 from fewer.engine.threads import Governor
-from fewer.errors import NumericalError
+from fewer.errors import NumericalError, UsageError
+from fewer.kernels.native import Unavailable, library
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
 from fewer.slots import Capture, ContiguousCache, KVCache
@@ -28,13 +29,15 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class Runner:
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, integers: bool = False):
+        """`integers`: the CPU's fast path rounds what meets 4-bit weights to 8 bits. Raises UsageError where that path
+        does not run."""
         self.model = model
         self.config = model.config
         self.device = model.device
         self.dtype = model.dtype
         self.governor = Governor(torch.get_num_threads() if self.device.type == "cpu" else 1)
-        self.single = _single_token(model)
+        self.single = _single_token(model, integers)
         self.cuda = _cuda_decoder(model)
         self.chunk = PREFILL_CHUNK.get(self.device.type, 512)
 
@@ -155,9 +158,17 @@ def _is_one_token(step: Step) -> bool:
     )
 
 
-def _single_token(model: Transformer) -> SingleToken | NativeDecoder | None:
+def _single_token(model: Transformer, integers: bool) -> SingleToken | NativeDecoder | None:
     if native_supports(model):
-        return NativeDecoder(model)
+        return NativeDecoder(model, integers)
+    if integers:
+        reason = "this model's kind of layers" if model.device.type == "cpu" else f"a model on {model.device}"
+        if isinstance(library(), Unavailable):
+            reason = f"this machine ({library()})"
+        raise UsageError(
+            f"activations=int8 is computed by the CPU's decoding step in C, which is not made for {reason}: use "
+            "activations=float"
+        )
     return SingleToken(model) if scripted_supports(model) else None
 
 

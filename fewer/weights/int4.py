@@ -24,6 +24,7 @@ from fewer.registry import method
 class Int4Config:
     group: int = 32  # columns that share a scale and a zero: 32, 64 or 128
     head: Literal["int8", "int4", "dense"] = "int8"  # the embedding and the output head
+    activations: Literal["float", "int8"] = "float"  # what 4-bit weights are multiplied with when the CPU decodes
 
     def __post_init__(self) -> None:
         if self.group not in GROUP_SIZES:

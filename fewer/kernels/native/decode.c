@@ -152,9 +152,11 @@ static void decode(void *argument, int thread, int threads) {
     const size_t hidden = up(d), wide = widest(m), qkv_stride = qkv_width(m), gate_stride = gate_up_width(m);
     float *qkv = step->shared, *block = qkv + rows * qkv_stride, *second = block + rows * hidden;
     float *gate_up = second + rows * hidden, *found = gate_up + rows * gate_stride, *partials = found + 4 * MOST_THREADS;
-    float *own = malloc(sizeof(float) * rows * (hidden + wide + qkv_stride + wide / SHORTEST_GROUP + 1));
+    const int groups = wide / SHORTEST_GROUP + 1;
+    float *own = malloc(sizeof(float) * rows * (hidden + wide + qkv_stride + 2 * groups + wide / 4));
     float *residual = own, *x = residual + rows * hidden, *queries = x + rows * wide, *sums = queries + rows * qkv_stride;
-    const Rows input = {x, wide, rows};
+    float *scale = sums + rows * groups;
+    const Rows input = {x, wide, rows, sums, groups, m->integers ? (int8_t *)(scale + rows * groups) : NULL, scale};
 
     for (int row = 0; row < rows; row++) {
         decode_row(m->embed.part, step->token[row], residual + row * hidden);
@@ -166,19 +168,19 @@ static void decode(void *argument, int thread, int threads) {
     }
     for (int index = 0; index < m->layers; index++) {
         const Layer *layer = m->layer + index;
-        product(&layer->qkv, &input, sums, thread, threads, qkv, qkv_stride);
+        product(&layer->qkv, &input, thread, threads, qkv, qkv_stride);
         meet(threads);
         attend(index, step, qkv, thread, threads, queries, partials);
         meet(threads);
         merge_all(index, step, partials, thread, threads, x, wide);
-        product(&layer->o, &input, sums, thread, threads, block, hidden);
+        product(&layer->o, &input, thread, threads, block, hidden);
         meet(threads);
         for (int row = 0; row < rows; row++)
             add(m, residual + row * hidden, block + row * hidden, layer->post_attention_norm, layer->feed_forward_norm, x + row * wide);
-        product(&layer->gate_up, &input, sums, thread, threads, gate_up, gate_stride);
+        product(&layer->gate_up, &input, thread, threads, gate_up, gate_stride);
         meet(threads);
         for (int row = 0; row < rows; row++) activate(m, gate_up + row * gate_stride, x + row * wide);
-        product(&layer->down, &input, sums, thread, threads, second, hidden);
+        product(&layer->down, &input, thread, threads, second, hidden);
         meet(threads);
         const float *next = index + 1 < m->layers ? layer[1].attention_norm : m->norm;
         for (int row = 0; row < rows; row++)
@@ -186,7 +188,7 @@ static void decode(void *argument, int thread, int threads) {
     }
     if (thread == 0 && step->hidden)
         for (int row = 0; row < rows; row++) memcpy(step->hidden + (size_t)row * d, x + row * wide, sizeof(float) * d);
-    product(&m->head, &input, sums, thread, threads, step->logits, m->vocab);
+    product(&m->head, &input, thread, threads, step->logits, m->vocab);
     free(own);
     float strange = 0;
     for (int row = 0; row < rows; row++) {

@@ -15,6 +15,7 @@ typedef struct {
 
 typedef struct {
     int32_t layers, hidden, intermediate, vocab, activation, qk_norm, rotary;  // rotary: channels of a head that turn
+    int32_t integers;  // x is rounded to eight bits before it meets four-bit weights
     Heads heads;
     float eps, scale, clip_qkv, residual_scale, embedding_scale;  // clip_qkv 0: none
     Matrix embed;  // of one part

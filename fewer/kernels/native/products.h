@@ -2,41 +2,7 @@
 // prefill and decoding share one copy. Every thread computes its own rows of W. A sum is added up in the same order
 // whoever computes it and however many x there are, so that verifying a draft gives the numbers of plain decoding.
 #pragma once
-#include "vectors.h"
-
-enum { FLOAT32, BFLOAT16, INT8, INT4 };
-
-typedef struct {
-    int32_t kind, rows, columns;  // columns: what x has
-    int32_t group;                // INT4: columns that share a scale and a zero
-    int32_t copies;               // INT4: how often W's columns repeat those of x (2: int8 as two halves)
-    int32_t tile;                 // INT4: rows stored together, 32 or 64
-    int32_t padded;               // INT4: rows, in whole tiles
-    const void *weight;           // [rows, columns]; INT4: [tiles, copies · columns, tile / 2] bytes
-    const uint16_t *scale;        // INT8: [rows]; INT4: (scale, zero) [copies · columns / group, padded, 2]
-    const float *bias;            // [rows] or NULL
-} Part;
-
-typedef struct {
-    int32_t parts;
-    const Part *part;  // stacked along the rows
-} Matrix;
-
-typedef struct {
-    const float *x;  // row i at x + i · stride
-    size_t stride;
-    int count;
-} Rows;
-
-enum { SHORTEST_GROUP = 32, MOST_AT_ONCE = 6, AHEAD = 8 };  // AHEAD: rows of a plain matrix that are fetched beforehand
-
-// With a function's last arguments known, loops over them unroll, and their arrays are registers.
-#define FOLDED static inline __attribute__((always_inline))
-#ifdef __clang__
-#define UNROLLED _Pragma("unroll")
-#else
-#define UNROLLED _Pragma("GCC unroll 8")
-#endif
+#include "integers.h"
 
 // The four-bit code in each lane, as a float: of the low nibble, or of the high one. Higher bits of a lane are zero.
 static inline floats low_nibbles(ints v) {
@@ -58,11 +24,9 @@ static inline floats high_nibbles(ints v) {
 
 // One tile of W, 2·half·LANES rows: byte i of a column holds row i (low nibble) and row i + half·LANES (high).
 // w = (q - 8)·s + z, so a group adds s·(Σ q·x - 8·Σ x) + z·Σ x: one product a weight.
-FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, const float *sums, float *y, size_t stride, const int half,
-                      const int count) {
+FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, float *y, size_t stride, const int half, const int count) {
     const uint8_t *codes = (const uint8_t *)part->weight + (size_t)tile * part->copies * part->columns * LANES * half;
     const uint16_t *pairs = part->scale + (size_t)tile * 4 * LANES * half;
-    const size_t groups = part->columns / SHORTEST_GROUP;
     float total[MOST_AT_ONCE][64 / LANES][LANES] = {0};  // kept in memory: the registers are for the dot products
     for (int copy = 0; copy < part->copies; copy++)
         for (int start = 0; start < part->columns; start += part->group) {
@@ -81,7 +45,7 @@ FOLDED void int4_tile(const Part *part, int tile, const Rows *rows, const float 
                 naturals pair = *(const naturals *)(pairs + 2 * LANES * i);
                 floats scale = (floats)(pair << 16), zero = (floats)(pair & 0xffff0000u);
                 UNROLLED for (int row = 0; row < count; row++) {
-                    const float whole = sums[row * groups + start / part->group];
+                    const float whole = rows->sums[row * rows->groups + start / part->group];
                     store(total[row][i], load(total[row][i]) + scale * (dot[row][i] - 8 * whole) + zero * whole);
                 }
             }
@@ -143,16 +107,20 @@ FOLDED void up_to_four_rows(const Part *part, int first, int height, const Rows 
         case 5: CALL(5); break; \
         default: CALL(6); \
     }
-static void tile_of_64(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
-#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 32 / LANES, COUNT)
-    FOR_COUNT(CALL)
+#define TILES(NAME) \
+    static void NAME(const Part *part, int unit, const Rows *rows, float *y, size_t stride) { FOR_COUNT(CALL) }
+#define CALL(COUNT) int4_tile(part, unit, rows, y, stride, 32 / LANES, COUNT)
+TILES(tile_of_64)
 #undef CALL
-}
-static void tile_of_32(const Part *part, int unit, const Rows *rows, const float *sums, float *y, size_t stride) {
-#define CALL(COUNT) int4_tile(part, unit, rows, sums, y, stride, 16 / LANES, COUNT)
-    FOR_COUNT(CALL)
+#define CALL(COUNT) int4_tile(part, unit, rows, y, stride, 16 / LANES, COUNT)
+TILES(tile_of_32)
 #undef CALL
-}
+#define CALL(COUNT) rounded_tile(part, unit, rows, y, stride, 32 / LANES, COUNT)
+TILES(rounded_tile_of_64)
+#undef CALL
+#define CALL(COUNT) rounded_tile(part, unit, rows, y, stride, 16 / LANES, COUNT)
+TILES(rounded_tile_of_32)
+#undef CALL
 #define PLAIN_ROWS(NAME, KIND) \
     static void NAME(const Part *part, int first, int height, const Rows *rows, float *y, size_t stride) { \
         FOR_COUNT(CALL) \
@@ -173,57 +141,65 @@ static inline void share(int units, int thread, int threads, int *first, int *la
     *last = (int)((int64_t)units * (thread + 1) / threads);
 }
 
-static void part_product(const Part *part, const Rows *rows, const float *sums, int thread, int threads, float *y, size_t stride) {
-    const int height = part->kind == INT4 ? part->tile : 4;
-    int first, last;
-    share((part->rows + height - 1) / height, thread, threads, &first, &last);
-    for (int unit = first; unit < last; unit++) {
-        const int start = unit * height, present = part->rows - start < height ? part->rows - start : height;
-        float partial[64 * MOST_AT_ONCE], *out = y + start;
-        size_t step = stride;
-        if (part->kind == INT4 && present < height) out = partial, step = 64;  // the last tile is padded
-        if (part->kind == FLOAT32)
-            rows_of_float32(part, start, present, rows, out, step);
-        else if (part->kind == BFLOAT16)
-            rows_of_bfloat16(part, start, present, rows, out, step);
-        else if (part->kind == INT8)
-            rows_of_int8(part, start, present, rows, out, step);
-        else if (part->tile == 64)
-            tile_of_64(part, unit, rows, sums, out, step);
-        else
-            tile_of_32(part, unit, rows, sums, out, step);
-        for (int row = 0; row < rows->count; row++) {
-            float *into = y + row * stride + start;
-            if (out == partial) memcpy(into, partial + row * step, sizeof(float) * present);
-            if (part->bias)
-                for (int i = 0; i < present; i++) into[i] += part->bias[start + i];
-        }
+// One unit, from row `start` of W on, of which `present` are there, times at most MOST_AT_ONCE rows.
+static void unit_product(const Part *part, int unit, int start, int present, const Rows *rows, float *y, size_t stride) {
+    float partial[64 * MOST_AT_ONCE], *out = y + start;
+    size_t step = stride;
+    if (part->kind == INT4 && present < part->tile) out = partial, step = 64;  // the last tile is padded
+    if (part->kind == FLOAT32)
+        rows_of_float32(part, start, present, rows, out, step);
+    else if (part->kind == BFLOAT16)
+        rows_of_bfloat16(part, start, present, rows, out, step);
+    else if (part->kind == INT8)
+        rows_of_int8(part, start, present, rows, out, step);
+    else if (part->tile == 64)
+        (rows->codes ? rounded_tile_of_64 : tile_of_64)(part, unit, rows, out, step);
+    else
+        (rows->codes ? rounded_tile_of_32 : tile_of_32)(part, unit, rows, out, step);
+    for (int row = 0; row < rows->count; row++) {
+        float *into = y + row * stride + start;
+        if (out == partial) memcpy(into, partial + row * step, sizeof(float) * present);
+        if (part->bias)
+            for (int i = 0; i < present; i++) into[i] += part->bias[start + i];
     }
 }
 
-// This thread's columns of X Wᵀ + b into y (row i at y + i · stride). `sums` [count, columns / SHORTEST_GROUP] is room for
-// the sums of x over the columns of each group.
-static void product(const Matrix *matrix, const Rows *all, float *sums, int thread, int threads, float *y, size_t stride) {
+// What is read of x beside itself: rounded, or the sums of its groups.
+static void prepare_input(const Part *part, const Rows *all, int *group) {
+    if (part->kind != INT4 || *group == part->group || *group == INT32_MAX) return;
+    *group = part->group;
+    if (all->codes) {
+        *group = INT32_MAX;
+        round_rows(all, part->columns);
+        return;
+    }
+    for (int row = 0; row < all->count; row++)
+        for (int start = 0; start < part->columns; start += part->group) {
+            const float *x = all->x + row * all->stride + start;
+            floats total = load(x);
+            for (int at = LANES; at < part->group; at += LANES) total += load(x + at);
+            all->sums[row * all->groups + start / part->group] = sum(total);
+        }
+}
+
+// This thread's columns of X Wᵀ + b into y (row i at y + i · stride). A unit of W is read once for all rows.
+static void product(const Matrix *matrix, const Rows *all, int thread, int threads, float *y, size_t stride) {
     const int blocks = (all->count + MOST_AT_ONCE - 1) / MOST_AT_ONCE;
-    int group = 0;  // of the sums
+    int prepared = 0;  // for groups of so many columns
     for (int i = 0; i < matrix->parts; i++) {
         const Part *part = matrix->part + i;
-        const size_t groups = part->columns / SHORTEST_GROUP;
-        if (part->kind == INT4 && part->group != group) {
-            group = part->group;
-            for (int row = 0; row < all->count; row++)
-                for (int start = 0; start < part->columns; start += group) {
-                    const float *x = all->x + row * all->stride + start;
-                    floats total = load(x);
-                    for (int at = LANES; at < group; at += LANES) total += load(x + at);
-                    sums[row * groups + start / group] = sum(total);
-                }
-        }
-        for (int block = 0; block < blocks; block++) {
-            int from, to;
-            share(all->count, block, blocks, &from, &to);
-            Rows rows = {all->x + from * all->stride, all->stride, to - from};
-            part_product(part, &rows, sums + from * groups, thread, threads, y + from * stride, stride);
+        const int height = part->kind == INT4 ? part->tile : 4;
+        int first, last;
+        prepare_input(part, all, &prepared);
+        share((part->rows + height - 1) / height, thread, threads, &first, &last);
+        for (int unit = first; unit < last; unit++) {
+            const int start = unit * height, present = part->rows - start < height ? part->rows - start : height;
+            for (int block = 0; block < blocks; block++) {
+                int from, to;
+                share(all->count, block, blocks, &from, &to);
+                const Rows rows = rows_from(all, from, to);
+                unit_product(part, unit, start, present, &rows, y + from * stride, stride);
+            }
         }
         y += part->rows;
     }

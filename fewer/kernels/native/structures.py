@@ -43,6 +43,7 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "hidden", "intermediate", "vocab", "activation", "qk_norm", "rotary")),
+        ("integers", c_int32),
         ("heads", Heads),
         *((name, c_float) for name in ("eps", "scale", "clip_qkv", "residual_scale", "embedding_scale")),
         ("embed", Matrix),

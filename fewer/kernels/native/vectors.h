@@ -42,6 +42,24 @@ static inline ints load_int8_codes(const int8_t *p) { return (ints){p[0], p[1], 
 static inline naturals load_uint16(const uint16_t *p) { return (naturals){p[0], p[1], p[2], p[3]}; }
 #endif
 
+// To nearest, ties to even; and the low bytes of small integers to memory.
+static inline ints to_nearest(floats v) {
+#if LANES == 16
+    return (ints)_mm512_cvtps_epi32((__m512)v);
+#elif LANES == 8
+    return (ints)_mm256_cvtps_epi32((__m256)v);
+#else
+    return (ints){(int32_t)lrintf(v[0]), (int32_t)lrintf(v[1]), (int32_t)lrintf(v[2]), (int32_t)lrintf(v[3])};
+#endif
+}
+static inline void store_int8(int8_t *p, ints v) {
+#if LANES == 16
+    _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
+#endif
+}
+
 static inline floats load_bfloat16(const uint16_t *p) { return (floats)(load_uint16(p) << 16); }
 static inline floats load_int8(const int8_t *p) { return __builtin_convertvector(load_int8_codes(p), floats); }
 
