@@ -91,14 +91,13 @@ def decode_speed(runner: Runner, prompt: int, tokens: int, repeats: int = 3) -> 
     found: Results = {"tokens_per_second": statistics.median(rates[1:]), "runs": rates[1:]}
     found["weight_bytes"] = runner.model.nbytes
     if runner.cuda is not None and runner.device.type == "cuda":
-        decoder, cache = runner.cuda, session.cache
-        work = decoder._pass(cache.pools[0])  # type: ignore[attr-defined]
-        assert work.graph is not None
+        decoder = runner.cuda
+        work, graph = decoder.buffers[1], next(reversed(decoder.graphs.values()))  # the last pass of one row
 
         def replays() -> None:
             work.inputs[1].fill_(prompt + tokens)  # a pass moves its lengths on: they must stay inside the cache
             for _ in range(20):
-                work.graph.replay()
+                graph.replay()
 
         found["graph_seconds"] = seconds_of(replays) / 20
         embedding = 0 if runner.config.tied_embeddings else runner.model.embed.nbytes
