@@ -31,6 +31,7 @@ class Arrivals(NamedTuple):
     parts: Tensor  # [U] its number there
     target: Tensor  # [N] which of the U a token goes to
     first: Tensor  # those of the N that begin a logical page
+    whole: bool  # the tokens come in whole logical pages, one behind another: the middle of a long prompt
 
 
 class PageStatistics:
@@ -73,7 +74,11 @@ class PageStatistics:
         """Where N new tokens go, both [N] int64: the physical page of each and its place there. Layers share it."""
         touched, target = (pages * self.parts + offsets // self.logical_size).unique(return_inverse=True)
         first = (offsets % self.logical_size == 0).nonzero()[:, 0]
-        return Arrivals(touched // self.parts, touched % self.parts, target, first)
+        whole = len(first) == len(touched) and len(first) * self.logical_size == len(target)
+        if whole:
+            of_page = target.view(-1, self.logical_size)
+            whole = bool((of_page == of_page[:, :1]).all())
+        return Arrivals(touched // self.parts, touched % self.parts, target, first, whole)
 
     def add(self, layer: int, keys: Tensor, arrivals: Arrivals) -> None:
         """The new tokens' keys [N, Hk, D].
@@ -82,6 +87,11 @@ class PageStatistics:
         """
         bounds = self.bounds[layer]
         keys = keys.to(bounds.dtype)
+        if arrivals.whole:  # below, tokens contend for the same numbers
+            grouped, order = keys.unflatten(0, (-1, self.logical_size)), arrivals.target[:: self.logical_size]
+            found = torch.stack((grouped.amax(1), grouped.amin(1)), dim=2)  # [U, Hk, 2, D]
+            bounds[arrivals.pages[order], :, arrivals.parts[order]] = found
+            return
         known = bounds[arrivals.pages, :, arrivals.parts]  # [U, Hk, 2, D]
         known[arrivals.target[arrivals.first]] = keys[arrivals.first][:, :, None]
         into = arrivals.target[:, None, None].expand_as(keys)

@@ -102,18 +102,29 @@ def attend_whole_rows(
     mask: Tensor | None = None,
     causal: bool = False,
     softcap: float = 0.0,
+    longest: int | None = None,
 ) -> Tensor:
     """q [B, H, T, D] over all that rows of `lengths` [B] tokens hold -> [B, H, T, D].
 
     storage [2 (keys, values), pages, heads of the pool, page_size, width] of this layout, `heads` those to read, table
-    [B, P] int32. `mask` bool [B, 1, T, S] says what is seen; without one a query sees its row. `causal`: the rows hold
-    nothing but the T new tokens (or fewer), and query t sees slots 0..t.
+    [B, P] int32. `mask` bool [B, 1, T, S] says what is seen of a row; without one a query sees all of it. `causal`: the
+    T new tokens (or fewer) are a row's last, and query t sees slots 0..S-T+t. `longest`: S, the largest of the lengths,
+    where the host knows it.
     """
     if q.is_cuda and not layout.quantised and q.shape[2] == 1 and mask is None and not causal:
         keys, values = storage[:, :, heads]
         whole = attend_list(q[:, :, 0], keys, values, table, None, None, "page", lengths.int(), scale, softcap or None)
         return whole.out.to(q.dtype)[:, :, None]
-    longest, shortest = int(lengths.max()), int(lengths.min())
+    if longest is None:
+        longest = int(lengths.max())
+    if q.is_cuda and layout.head_dim % 2 == 0:
+        from fewer.kernels.triton.gather_rows import gather_rows  # Triton is imported only where there is a GPU
+
+        k, v = gather_rows(storage, heads, table, lengths, longest, layout.head_dim, layout.bits, layout.dtype)
+        if mask is None and not causal and len(q) > 1:
+            mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
+        return attention(q, k, v, scale, mask, causal, softcap)
+    shortest = int(lengths.min())
     pages = table[:, None, : -(-longest // storage.shape[3])].clamp(min=0).long()
     k, v = (layout.unpack(rows[:, :, :longest]) for rows in _rows(storage, pages, _numbers(heads, q.device)[:, None]))
     if shortest < longest:

@@ -25,6 +25,7 @@ from torch import Tensor
 from fewer.cache.page_statistics import Arrivals, PageStatistics, choose_pages, physical_scores
 from fewer.cache.pages import PagePool
 from fewer.cache.quantised_pages import RowLayout, attend_listed_pages, attend_whole_rows
+from fewer.kernels.causal import needs_no_mask
 
 FEWEST = 3  # pages that are read at least
 
@@ -50,6 +51,7 @@ class PagesPlan:
     """What all layers do in one step. N tokens are written."""
 
     lengths: Tensor  # [B] int64: tokens of each row, the new ones included
+    longest: int  # the largest of them
     rows: Tensor  # [N] row of the batch
     columns: Tensor  # [N] place among the step's tokens
     pages: Tensor  # [N] page that takes it
@@ -57,7 +59,7 @@ class PagesPlan:
     arrivals: Arrivals  # the same, for the statistics
     listed: bool  # one generated token a row, and some row exceeds the budget
     mask: Tensor | None  # [B, 1, T, S] bool, not `listed`: what each token sees of its row; None: all of it …
-    causal: bool  # … or, where the text begins with this step, the triangle
+    causal: bool  # … or, where all rows begin the step at one slot, the triangle
     short: Tensor | None  # [B] bool, `listed`: rows within the budget; None: no such row
     due: Tensor | None  # [R] rows that choose pages in this step
     has_list: list[bool]  # what holds of each row's lists once the step is committed
@@ -107,8 +109,9 @@ class RetrievalPages:
         lengths = torch.tensor(totals, device=self.device)
         long = [decodes and n > 0 and count > self.choice.budget for count, n in zip(counts, new, strict=True)]
         ragged = max(new) < positions.shape[1]
+        behind = max(counts) and not (min(counts) == max(counts) and needs_no_mask(self.device))
         mask = None
-        if not decodes and (max(counts) or ragged):
+        if not decodes and (behind or ragged):
             mask = (torch.arange(max(totals), device=self.device) <= positions[..., None])[:, None]
         due = [row for row, at in enumerate(long) if at and self._is_due(row, counts[row])]
         has_list = [
@@ -117,6 +120,7 @@ class RetrievalPages:
         ]
         self._plan = PagesPlan(
             lengths,
+            max(totals),
             rows,
             columns,
             pages,
@@ -140,7 +144,7 @@ class RetrievalPages:
         self.write(layer, k, v)
         whole = self.layout, self.pool.storage[0], self.spans[layer], self.pool.table
         if not plan.listed:
-            return attend_whole_rows(q, *whole, plan.lengths, scale, plan.mask, plan.causal, softcap)
+            return attend_whole_rows(q, *whole, plan.lengths, scale, plan.mask, plan.causal, softcap, plan.longest)
         lists = self._chosen(layer, q[:, :, 0], plan)
         return attend_listed_pages(q[:, :, 0], *whole, lists, plan.lengths, scale, softcap)[:, :, None]
 

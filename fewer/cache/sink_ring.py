@@ -20,6 +20,7 @@ from torch import Tensor
 from fewer.cache.quantised_pages import RowLayout
 from fewer.errors import FewerError
 from fewer.kernels.attention import attention
+from fewer.kernels.causal import needs_no_mask
 from fewer.kernels.tile_attention import Lambda, attend_tiles
 
 
@@ -34,6 +35,7 @@ class RingPlan:
     seen: Tensor | None  # [B, 1, 1, live] bool: one new token, rows of unequal lengths
     order: Tensor | None  # [B, n] more tokens: stored ones by position, then the new ones; None: only new ones
     start: Tensor | None  # [B] int32: the first new token's place in `order`
+    causal: bool  # more tokens: stored or new, what is not behind a query is a plain triangle
 
 
 class SinkRing:
@@ -79,17 +81,18 @@ class SinkRing:
             if min(filled) < max(filled):
                 seen = (torch.arange(max(filled)) < torch.tensor(filled)[:, None])[:, None, None].to(self.device)
             places = torch.tensor(rows, device=self.device), slots.to(self.device)
-            self._plan = RingPlan(list(counts), *places, max(filled), seen, None, None)
+            self._plan = RingPlan(list(counts), *places, max(filled), seen, None, None, False)
             return
-        order, start = None, None
+        order, start, causal = None, None, True
         if max(counts):
             old = [self._slot(self.positions(count)) for count in counts]
             length = max(map(len, old)) + width
+            causal = len(set(map(len, old))) == 1 and needs_no_mask(self.device)
             fresh = self.slots + torch.arange(length)
             order = torch.stack([torch.cat((slots, fresh[: length - len(slots)])) for slots in old])
             order = order.clamp(max=self.slots + width - 1).to(self.device)  # behind a shorter row: seen by nobody
             start = torch.tensor([len(slots) for slots in old], dtype=torch.int32, device=self.device)
-        self._plan = RingPlan(list(counts), nothing, nothing, 0, None, order, start)
+        self._plan = RingPlan(list(counts), nothing, nothing, 0, None, order, start, causal)
 
     def attend(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
         """q [B, H, T, D] and new k, v [B, Hk, T, D], rotated, of those `heads` -> [B, H, T, D]."""
@@ -106,8 +109,8 @@ class SinkRing:
             packed, start = side_by_side[:, row, plan.order].transpose(2, 3), plan.start
         k, v = self.layout.unpack(packed)
         if k.shape[2] <= self.window:
-            causal = plan.order is None
-            return attention(q, k, v, scale, None if causal else self._triangle(plan, q, k), causal, softcap)
+            seen = None if plan.causal else self._triangle(plan, q, k)
+            return attention(q, k, v, scale, seen, plan.causal, softcap)
         each = torch.ones(q.shape[1], dtype=torch.int32, device=self.device)
         # Without the gap behind the sinks, distances in the window and the sinks' own places are the same.
         return attend_tiles(q, k, v, start, Lambda(each * self.sinks, each * self.window), scale, softcap or None)[0]

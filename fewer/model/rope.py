@@ -63,6 +63,10 @@ class Rotary:
 
     def apply(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, H, T, D], positions [B, T] -> the same shape and dtype, rotated."""
+        if x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad):
+            from fewer.kernels.triton.rotate import rotate  # Triton is imported only where there is a GPU
+
+            return rotate(x, self.factors(positions))
         return self.rotate(x, self.factors(positions)[:, None])
 
     def rotate(self, x: Tensor, factors: Tensor) -> Tensor:
