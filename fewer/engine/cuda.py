@@ -1,9 +1,10 @@
 """The fast path of decoding on CUDA: one new token in each of B rows, the whole pass captured in one CUDA graph.
 
 A layer is a few kernels: [norm · qkv], what its cache launches, [o + residual], [norm · gate, up · gating],
-[down + residual]. A cache says by a `Capture` what it launches and what the graph depends on. Over a contiguous one,
-[rotation · cache write · attention · merge] is one kernel, and lengths are read on the device, so one graph serves
-every length up to the cache's capacity. The numbers are those of `fewer.model.transformer`, up to rounding.
+[down + residual]; beyond 64 rows cuBLAS multiplies, between kernels for what is fused. A cache says by a `Capture` what
+it launches and what the graph depends on. Over a contiguous one, [rotation · cache write · attention · merge] is one
+kernel, and lengths are read on the device, so one graph serves every length up to the cache's capacity. The numbers are
+those of `fewer.model.transformer`, up to rounding.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.triton.ends import TopScratch, embed, most_likely
 from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply, word_order
+from fewer.kernels.triton.wide import multiply_wide
 from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.step import Step
 from fewer.model.transformer import Layer, Transformer
 from fewer.slots import Capture, CapturedCache, ContiguousCache
 
-KEPT_GRAPHS = 8  # a session that ends leaves its memory, and mostly its graph, to the next
+MOST_ROWS = 2048  # of a batch: beyond them a launch is short beside its work
 SHORTEST_TABLE = 4096  # positions of the rotary table, which grows in powers of two
-KEPT_GRAPHS = 4  # one a (batch, cache pool): a session that ends leaves its memory, and mostly its graph, to the next
+KEPT_GRAPHS = 8  # a session that ends leaves its memory, and mostly its graph, to the next
 
 
 def stored(matrix: WeightFormat) -> Stored | None:
@@ -105,11 +107,11 @@ class CudaDecoder:
 
     def accepts(self, cache: object, batch: int) -> bool:
         """Whether `greedy` can run over this cache."""
-        return batch <= WIDE and bool(getattr(cache, "contiguous", False))
+        return batch <= MOST_ROWS and bool(getattr(cache, "contiguous", False))
 
     def capture(self, step: Step, cache: object) -> Capture | None:
         """Place a step of one token a row; None, and nothing has changed: it is for the general path."""
-        if step.positions.shape[0] > WIDE or not isinstance(cache, CapturedCache):
+        if step.positions.shape[0] > MOST_ROWS or not isinstance(cache, CapturedCache):
             return None
         return cache.capture(step)
 
@@ -260,7 +262,10 @@ class CudaDecoder:
         assert matrix is not None
         words = self._word_gain(gain) if gain is not None and matrix.kind == "int4" and x.shape[0] == 1 else None
         around = Fused(gain, self.config.norm_eps, linear.bias, activation, residual, words)
-        multiply(x, matrix, out, around, self.pdl)
+        if x.shape[0] <= WIDE:
+            multiply(x, matrix, out, around, self.pdl)
+        else:
+            multiply_wide(x, matrix, out, self.workspace, around, self.pdl)
 
     def _word_gain(self, gain: Tensor) -> Tensor:
         if id(gain) not in self.word_gains:
