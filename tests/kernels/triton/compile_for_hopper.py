@@ -21,9 +21,12 @@ from fewer.engine.cuda import CudaDecoder
 from fewer.kernels.new_tokens import Workspace
 from fewer.kernels.tile_attention import Lambda, TileLists
 from fewer.kernels.triton.attention_decode import attention_decode
+from fewer.kernels.triton.gather_rows import gather_rows
 from fewer.kernels.triton.linear import Fused, dequantize, multiply
 from fewer.kernels.triton.list_attention import attend_list
+from fewer.kernels.triton.merge import merge
 from fewer.kernels.triton.norm import add_rms_norm, rms_norm
+from fewer.kernels.triton.rotate import rotate
 from fewer.kernels.triton.shared_prefix import attend_prefix
 from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
 from fewer.kernels.triton.top_k import top_k
@@ -117,6 +120,17 @@ def tiles() -> None:
         column_sums(q, k, lse, torch.ones(200), 0, kept, 0.1)
 
 
+def prompts() -> None:
+    out = torch.ones(1, 64, 8, 128, dtype=torch.bfloat16).transpose(1, 2)
+    rotate(out, torch.ones(1, 64, 64, dtype=torch.complex64))
+    rotate(out[..., :80], torch.ones(1, 64, 16, dtype=torch.complex64))
+    merge([(out, torch.ones(1, 8, 64))] * 3)
+    table, lengths = torch.ones(1, 3, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
+    for bits, width in ((16, 128), (8, 132), (4, 68)):
+        storage = torch.ones(2, 6, 4, 64, width, dtype=torch.bfloat16 if bits == 16 else torch.uint8)
+        gather_rows(storage, slice(0, 2), table, lengths, 190, 128, bits, torch.bfloat16)
+
+
 def selections() -> None:
     for lists, length in ((8, 300_000), (2, 1000)):
         scores, indices = torch.zeros(1, 8, length), torch.zeros(1, lists, 48, dtype=torch.int32)
@@ -136,6 +150,7 @@ if __name__ == "__main__":
     attentions()
     parts_of_keys()
     tiles()
+    prompts()
     selections()
     products()
     decoders()
