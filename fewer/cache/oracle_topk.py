@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fewer.cache.selected import SelectedCache, SelectedLayer, Selection, Sets, check_budget, check_start
-from fewer.model.config import ModelConfig
+from fewer.cache.every_layer import EveryLayerCache
+from fewer.cache.selected import SelectedLayer, Selection, Sets, check_budget, check_start
 from fewer.registry import method
 
 
@@ -28,6 +27,8 @@ class OracleTopkConfig:
 
 
 class OracleLayer(SelectedLayer):
+    """Scores everything, and reads the best."""
+
     cache: OracleTopkCache
 
     def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
@@ -36,26 +37,9 @@ class OracleLayer(SelectedLayer):
 
 
 @method("oracle-topk", slot="cache", lossless=False, config=OracleTopkConfig)
-class OracleTopkCache(SelectedCache):
+class OracleTopkCache(EveryLayerCache):
     """Every layer from `start` on attends to its own `budget` best tokens."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        settings: OracleTopkConfig = OracleTopkConfig(),
-    ):
-        self.settings = settings
-        super().__init__(
-            "oracle-topk",
-            config,
-            batch,
-            capacity,
-            dtype,
-            device,
-            settings.budget,
-            lambda cache, index, slots: OracleLayer(cache, index, slots, False) if index >= settings.start else None,
-        )
+    name = "oracle-topk"
+    layer_type = OracleLayer
+    settings: OracleTopkConfig

@@ -28,7 +28,9 @@ from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
+from fewer.model.step import Step
 from fewer.registry import method
+from fewer.slots import Capture
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class QuestCache(SelectedCache):
             rows, columns = (width < new[:, None]).nonzero().unbind(1)
             self._arrivals = plan, (rows, columns, self.statistics.place(rows, counts[rows] + columns))
         return self._arrivals[1]
+
+    def capture(self, step: Step) -> Capture | None:
+        """The layers keep the bounds of pages, so no step is launched without them."""
+        return None
 
     def adopt(self, other: StoredCache) -> None:
         super().adopt(other)

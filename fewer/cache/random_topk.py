@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.cache.selected import SelectedCache, SelectedLayer, Selection, check_budget, check_start
-from fewer.model.config import ModelConfig
+from fewer.cache.every_layer import EveryLayerCache
+from fewer.cache.selected import SelectedLayer, Selection, check_budget, check_start
 from fewer.registry import method
 
 
@@ -29,6 +29,8 @@ class RandomTopkConfig:
 
 
 class RandomLayer(SelectedLayer):
+    """Reads what the lot says."""
+
     cache: RandomTopkCache
 
     def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
@@ -45,26 +47,9 @@ class RandomLayer(SelectedLayer):
 
 
 @method("random-topk", slot="cache", lossless=False, config=RandomTopkConfig)
-class RandomTopkCache(SelectedCache):
+class RandomTopkCache(EveryLayerCache):
     """Every layer from `start` on attends to `budget` tokens that say nothing about the query."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        settings: RandomTopkConfig = RandomTopkConfig(),
-    ):
-        self.settings = settings
-        super().__init__(
-            "random-topk",
-            config,
-            batch,
-            capacity,
-            dtype,
-            device,
-            settings.budget,
-            lambda cache, index, slots: RandomLayer(cache, index, slots, False) if index >= settings.start else None,
-        )
+    name = "random-topk"
+    layer_type = RandomLayer
+    settings: RandomTopkConfig

@@ -26,6 +26,7 @@ from fewer.kernels.list_attention import INFINITY, attend_list
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
+from fewer.slots import Capture
 
 Sets = Literal["query-head", "key-head"]
 LONGEST_RUN = 1024  # keys that are scored at once
@@ -44,7 +45,7 @@ def check_start(method: str, start: int) -> None:
 @dataclass(slots=True)
 class Selection:
     """One step as B·T queries, and what its layers have chosen so far: made with the step, handed on from layer to
-    layer, gone with the commit."""
+    layer, gone with the commit. A captured step has none: its launches hand on a tensor."""
 
     plan: StepPlan
     rows: Tensor  # [B·T, 1] int32: the row of each query, which is the page table of a contiguous cache
@@ -179,7 +180,9 @@ class SelectedCache(StoredCache):
         super().__init__(config, batch, capacity, dtype, device, windows, [0] * config.layers)
         self.budget = budget
         self.everything = next(slots for slots in self.maps if slots.window is None)
+        self.row_table = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
         self._selection: Selection | None = None
+        self._selects = False  # the step under way reads part of what is stored
         for index, layer in enumerate(self.layers):
             made = make_layer(self, index, layer.slots) if windows[index] is None else None
             self.layers[index] = made or layer
@@ -197,27 +200,43 @@ class SelectedCache(StoredCache):
         self.committed, self._step, self._selection = other.lengths, None, None
 
     def begin(self, step: Step) -> None:
-        self._selection = None
+        self._selection, self._selects = None, False
         super().begin(step)
+
+    def capture(self, step: Step) -> Capture | None:
+        """While everything is read, what `full` launches; behind the budget, what the method says."""
+        if step.lengths is not None or len(self.maps) > 1 or self.skips:
+            return None
+        selects = max(self.everything.counts) + 1 > self.budget  # as `selection_for` says of such a step
+        selects = selects and any(isinstance(layer, SelectedLayer) for layer in self.layers)
+        capture = self.selecting_capture() if selects else self.contiguous_capture()
+        if capture is not None:
+            self.begin(step)
+            self._selects = selects
+        return capture
+
+    def selecting_capture(self) -> Capture | None:
+        """What one token a row launches that reads part of what is stored; None: only the layers' `attend` knows."""
+        return None
 
     def selection_for(self, plan: StepPlan) -> Selection | None:
         """The step's selection, made when the first layer asks; None: this step reads everything."""
         if plan.step.role == "prompt" or plan.causal or plan.stop <= self.budget or plan.step.mask == "bidirectional":
             return None
         if self._selection is None:
-            self._selection = self._select(plan)
+            self._selection, self._selects = self._select(plan), True
         return self._selection
 
     def _select(self, plan: StepPlan) -> Selection:
         width = plan.step.positions.shape[1]
         counts = torch.tensor(self.everything.counts, device=self.device)
-        rows = torch.arange(self.batch, dtype=torch.int32, device=self.device).repeat_interleave(width)
+        rows = self.row_table.repeat_interleave(width, 0)
         own = (counts[:, None] + torch.arange(width, device=self.device)).flatten()
-        lengths = torch.full_like(rows, plan.stop)
+        lengths = torch.full_like(own, plan.stop, dtype=torch.int32)
         if width == 1:
             new = plan.step.lengths
             lengths = (counts + (1 if new is None else torch.tensor(list(new), device=self.device))).int()
-        return Selection(plan, rows[:, None], own, lengths)
+        return Selection(plan, rows, own, lengths)
 
 
 def selecting_layers(config: ModelConfig, start: int) -> list[int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +35,10 @@ from fewer.cache.selected import (
 from fewer.cache.slot_map import SLACK, SlotMap
 from fewer.cache.tidal_calibration import TidalFitConfig, fit_reselection
 from fewer.errors import CheckpointError, UsageError
+from fewer.kernels.new_tokens import NewTokens
 from fewer.model.config import ModelConfig
 from fewer.registry import method
+from fewer.slots import Capture
 from fewer.training import Adapter
 
 
@@ -135,6 +138,24 @@ class TidalDecodeCache(SelectedCache):
         """The first layer that selects; without any, all layers read everything."""
         return self.selecting[0] if self.selecting else self.config.layers
 
+    def selecting_capture(self) -> Capture | None:
+        (pool,) = self.pools
+        by_head = self.config.heads if self.settings.sets == "query-head" else self.config.kv_heads
+        shape = self.batch, by_head, self.budget  # of what a selecting layer leaves for those behind it
+        key = pool.data_ptr(), pool.shape, pool.dtype, self.row_table.data_ptr(), tuple(self.selecting), shape
+        return Capture(key, partial(self._launch, pool, shape))
+
+    def _launch(self, pool: Tensor, shape: tuple[int, int, int], layer: int, new: NewTokens) -> None:
+        from fewer.kernels.triton import attention_decode, chosen_tokens  # where there is a GPU, there is Triton
+
+        keys, values = pool[layer]
+        if layer < self.first:
+            attention_decode.attend_new(new, keys, values)
+            return
+        chosen = new.workspace.take("chosen tokens", shape, torch.int32)
+        attend = chosen_tokens.attend_and_choose if layer in self.selecting else chosen_tokens.attend_chosen
+        attend(new, keys, values, self.row_table, chosen)
+
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         self._note(kept)
         super().commit(kept)
@@ -166,12 +187,12 @@ class TidalDecodeCache(SelectedCache):
         if step.tokens is None:  # soft tokens cannot be fed again from here: what lies before them stays as it is
             self._sparse = [[] for _ in self._sparse]
             return
-        if self._selection is None and not any(self._sparse):
+        if not self._selects and not any(self._sparse):
             return
         for row, (of_row, choice) in enumerate(zip(step.tokens.tolist(), kept, strict=True)):
             added = of_row[:choice] if isinstance(choice, int) else [of_row[index] for index in choice]
             if not self._sparse[row]:  # those that the budget holds have read everything
-                added = [] if self._selection is None else added[max(0, self.settings.budget - self.committed[row]) :]
+                added = added[max(0, self.settings.budget - self.committed[row]) :] if self._selects else []
             self._sparse[row] += added
 
 
