@@ -31,28 +31,23 @@ class Part:
 
 
 class SplitLayer:
-    """One layer: its parts attend for themselves, and their outputs are put back in the order of the model's heads."""
+    """One layer: its parts attend for themselves, and their outputs go to the places of their heads."""
 
     def __init__(self, cache: SplitHeadCache, index: int, parts: list[Part]):
         self.cache, self.index, self.parts = cache, index, parts
         self.scale, self.softcap = cache.config.scale, cache.config.attention_softcap or 0.0
-        self.order: Tensor | None = (
-            None  # [H] int64: where the parts' outputs, one behind another, have each query head
-        )
-        if len(parts) > 1:
-            self.order = torch.cat([part.query_heads for part in parts if part.query_heads is not None]).argsort()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, rotary: Rotary | None, step: Step) -> Tensor:
         plans = self.cache.plans_for(step)
         if rotary is not None:
             q, k = rotary.apply(q, step.positions), rotary.apply(k, step.positions)
-        if self.order is None:
+        if len(self.parts) == 1:
             return self._attend(self.parts[0], q, k, v, plans)
-        outputs = [
-            self._attend(part, q[:, part.query_heads], k[:, part.key_heads], v[:, part.key_heads], plans)
-            for part in self.parts
-        ]
-        return torch.cat(outputs, dim=1)[:, self.order]
+        out = torch.empty_like(q)
+        for part in self.parts:
+            queries, heads = part.query_heads, part.key_heads
+            out[:, queries] = self._attend(part, q[:, queries], k[:, heads], v[:, heads], plans)
+        return out
 
     def skip(self, nothing: Tensor, step: Step) -> None:
         for part in self.parts:

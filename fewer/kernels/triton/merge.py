@@ -50,9 +50,9 @@ def merge_two(
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """[(output [B, H, T, D] with D contiguous, log-sum-exp [B, H, T] float32)], two or more -> the same over their
-    union, in the first one's dtype and order of memory; float32 in between."""
-    (out, lse), *others = parts
+    """[(output [B, H, T, D], log-sum-exp [B, H, T] float32)], two or more -> the same over their union, in the first
+    one's dtype and order of memory; float32 in between."""
+    (out, lse), *others = [(out if out.stride(3) == 1 else out.contiguous(), lse) for out, lse in parts]
     dtype = out.dtype
     for index, (right, right_lse) in enumerate(others, 1):
         out, lse = _merge_two(out, lse, right, right_lse, dtype if index == len(others) else torch.float32)
