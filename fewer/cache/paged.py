@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewer.cache import paged_capture
 from fewer.cache.pages import PagePool
 from fewer.cache.prefix_tree import prefix_levels
 from fewer.cache.slot_map import SlotMap, StepPlan
@@ -24,7 +25,7 @@ from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
 from fewer.registry import method
-from fewer.slots import KVCache
+from fewer.slots import Capture, KVCache
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ class PagedCache:
         self.layers = [PagedLayer(self, index, window) for index, window in enumerate(windows)]
         self.absent: Tensor | None = None  # [layers, B, capacity] slots of tokens that skipped a layer
         self.texts: list[list[int]] = [[] for _ in range(batch)]  # a row's tokens, while all of it came as prompts
-        self._plan: PagedPlan | None = None  # of the step that is not committed yet
+        self._plan: PagedPlan | None = None  # of the step under way, for layers
+        self._tentative = False  # a step is not committed yet
+        self._places: Tensor | None = None  # of the new tokens, for kernels
 
     @property
     def nbytes(self) -> int:
@@ -146,8 +149,23 @@ class PagedCache:
     def plan_for(self, step: Step) -> PagedPlan:
         """The step's plan, made when the first layer asks."""
         if self._plan is None or self._plan.step is not step:
-            self._plan = self._begin(step)
+            self._plan, self._tentative = self._begin(step), True
         return self._plan
+
+    def capture(self, step: Step) -> Capture | None:
+        """One generated token a row: kernels find every row's pages, shared or not, in the pool's table."""
+        whole = self.rows == list(range(len(self.pool.rows))) and all(layer.window is None for layer in self.layers)
+        if step.role != "generated" or step.lengths is not None or self.absent is not None or not whole:
+            return None
+        self._abandon()
+        counts = self.lengths
+        self.pool.prepare(counts, [count + 1 for count in counts])
+        self.slots.place_each(step.positions)
+        self._tentative = True
+        if self._places is None:
+            with torch.inference_mode(False):
+                self._places = torch.zeros(len(counts), self.config.kv_heads, dtype=torch.int64, device=self.device)
+        return paged_capture.capture(self.pool, step.positions[:, 0], self._places)
 
     def near(self, plan: PagedPlan, window: int) -> tuple[int, Tensor]:
         """For layers with a window: (the first page that some query sees, the mask [B, 1, T, S] from there on)."""
@@ -206,7 +224,7 @@ class PagedCache:
             self.absent[:, :, : moves.shape[1]] = self.absent.gather(2, moves.expand(len(self.layers), -1, -1))
         for row, length in zip(self.rows, self.slots.counts, strict=True):
             self.pool.cut(row, length)
-        self._plan = None
+        self._plan, self._tentative = None, False
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on."""
@@ -296,8 +314,8 @@ class PagedCache:
 
     def _abandon(self) -> None:
         """The last step failed or was given up."""
-        if self._plan is None:
+        if not self._tentative:
             return
-        self._plan = None
+        self._plan, self._tentative = None, False
         self.pool.abandon(self.slots.counts, self.rows)
         self.texts = [text[:count] for text, count in zip(self.texts, self.slots.counts, strict=True)]

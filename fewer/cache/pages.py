@@ -157,11 +157,13 @@ class PagePool:
             self.storage[:, :, target, :, :live] = self.storage[:, :, source, :, :live]
         for page, owners in claim.owners.items():
             self._set_owners(page, owners)
-        for row, (pages, length) in claim.rows.items():
+        entries = []  # of the table: row, place, page
+        for row, (pages, length, first) in claim.rows.items():
             self.lengths[row] = length
             if pages != self.rows[row]:
                 self.rows[row] = pages
-                self._tabulate(row)
+                entries += [(row, place, pages[place]) for place in range(first, len(pages))]
+        self._enter(entries)
         self._latest = list(claim.published.values())
         for key, page in claim.published.items():
             self.published[key], self.keys[page] = page, key
@@ -184,13 +186,24 @@ class PagePool:
         if key is not None:
             del self.published[key]
 
-    def _tabulate(self, row: int) -> None:
-        pages = self.rows[row]
-        missing = len(pages) - self.table.shape[1]
+    def _widen(self, pages: int) -> None:
+        missing = pages - self.table.shape[1]
         if missing > 0:
             missing = max(missing, self.table.shape[1])
             with torch.inference_mode(False):
                 self.table = torch.nn.functional.pad(self.table, (0, missing), value=NONE)
+
+    def _enter(self, entries: list[tuple[int, int, int]]) -> None:
+        """Write (row, place, page) into the table: at once, because many rows come to a page's end together."""
+        if not entries:
+            return
+        self._widen(1 + max(place for _, place, _ in entries))
+        rows, places, pages = torch.tensor(entries).t().to(self.table.device)
+        self.table[rows, places] = pages.int()
+
+    def _tabulate(self, row: int) -> None:
+        pages = self.rows[row]
+        self._widen(len(pages))
         self.table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         self.table[row, len(pages) :] = NONE
 
@@ -201,7 +214,9 @@ class Claim:
     def __init__(self, pool: PagePool):
         self.pool = pool
         self.taken = 0  # pages
-        self.rows: dict[int, tuple[list[int], int]] = {}  # row -> its pages and its length afterwards
+        self.rows: dict[
+            int, tuple[list[int], int, int]
+        ] = {}  # row -> its pages, length, and first page of another number
         self.owners: dict[int, int] = {}  # page -> owners afterwards, where they change
         self.copies: list[tuple[int, int, int]] = []  # from this page, to that one, this many slots
         self.rewritten: set[int] = set()  # pages that their only owner writes again
@@ -229,7 +244,7 @@ class Claim:
                 self.copies.append((source, pages[index], min(size, length - index * size)))
             else:
                 self.rewritten.add(pages[index])
-        self.rows[row] = pages, stop
+        self.rows[row] = pages, stop, first
         if text is not None:
             for index in range(shared, stop // size):
                 self.published.setdefault(self._key(pages, index, text), pages[index])

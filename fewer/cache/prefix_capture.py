@@ -67,14 +67,13 @@ def _launch(pool: Tensor, own: OwnText, read: Sequence[tuple[LevelKeys, Reading]
     parts = new.workspace.take("parts", (len(read) + 1, batch, new.heads, head_dim))
     sums = new.workspace.take("log-sum-exp of parts", (len(read) + 1, batch, new.heads))
     q = turn_and_store(new, keys, values, own.places)
-    key_bytes = max(16, 1 << (head_dim - 1).bit_length()) * keys.element_size()
-    tiling = list_attention.tiling_for(
-        batch * kv_heads, capacity, batch == 1, key_bytes, capacity, processors(keys.device)
-    )
+    token_bytes = list_attention.key_bytes(keys)
+    sizes = batch * kv_heads, capacity, batch == 1, token_bytes, capacity
+    tiling = list_attention.tiling_for(*sizes, processors(keys.device))
     scratch = Scratch.take(new.workspace, batch, kv_heads, tiling.splits, new.heads // new.kv_heads, head_dim)
     list_attention.launch(
         q, keys, values, own.pages, None, None, "token", own.lengths, parts[0], sums[0], None, scratch, tiling,
-        new.scale, new.softcap,
+        new.scale, new.softcap, pdl=new.pdl,
     )  # fmt: skip
     for index, (prefix, reading) in enumerate(read, 1):
         if reading.queries is not None:

@@ -273,11 +273,11 @@ def attend_new(
     scores: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Queries [B, H, D], turned, over listed tokens [B, H or Hk, n] int32, or over all (with `scores` [B, H, S] float32
-    to be filled), of contiguous keys [B, Hk, S, D] that have the new ones at their positions -> `new.out`."""
-    batch, capacity = len(q), keys.shape[2]
-    list_heads, longest = (keys.shape[1], capacity) if lists is None else lists.shape[1:]
+    to be filled), of keys [pages, Hk, page_size, D] that have the new ones at their positions -> `new.out`."""
+    batch, page_size = len(q), keys.shape[2]
+    list_heads, longest = (keys.shape[1], table.shape[1] * page_size) if lists is None else lists.shape[1:]
     even = batch == 1 if lists is None else True
-    tiling = tiling_for(batch * list_heads, longest, even, key_bytes(keys), capacity, processors_of(keys.device))
+    tiling = tiling_for(batch * list_heads, longest, even, key_bytes(keys), page_size, processors_of(keys.device))
     scratch = Scratch.take(new.workspace, batch, list_heads, tiling.splits, new.heads // list_heads, new.head_dim)
     launch(
         q, keys, values, table, lists, None, "token", new.positions, new.out,
