@@ -57,12 +57,13 @@ class Scratch:
 def tiling_for(batch: int, kv_heads: int, longest: int, multiprocessors: int) -> Tiling:
     """One part for each of the GPU's multiprocessors, none shorter than one block of keys.
 
-    Rows may differ in length, so a batch gets four times as many, shorter parts: they even out. Short caches use no
+    Rows may differ in length, so a batch gets four times as many, shorter parts: they even out, with room for a row of
+    eight times the average length (a program without a part still has to find that out). Short caches use no
     buffers to fetch ahead: a kernel with less shared memory than 48 KB starts while a product is still running, one
     with more waits until the multiprocessor is empty and has its first-level cache split anew.
     """
     programs = multiprocessors * (1 if batch == 1 else 4)
-    splits = max(1, min(programs // kv_heads, -(-longest // 64)))
+    splits = max(1, min(programs // kv_heads, 8 * programs // (batch * kv_heads), -(-longest // 64)))
     if longest <= SHORT:
         return Tiling(splits, programs, 64, warps=2, stages=1, heads=8)
     if batch == 1 and longest >= LONG:
@@ -107,7 +108,7 @@ def launch(
         scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0, sinks,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
         heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.heads,
-        tiling.splits, _power(batch), tiling.slots, tiling.stages,
+        tiling.splits, _power(batch) if tiling.splits > 1 else 1, tiling.slots, tiling.stages,
         max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None,
         places is not None, chosen is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,

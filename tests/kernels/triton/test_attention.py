@@ -114,6 +114,8 @@ def test_the_chosen_tiling_covers_the_longest_row(device: torch.device) -> None:
     assert_equal(found, reference(case, 0.3))
     assert tiling_for(1, 8, 32768, 132).splits == 16  # 128 parts over 8 heads, for 132 multiprocessors
     assert tiling_for(1, 8, 100, 132).splits == 2  # none shorter than 64 keys
+    assert tiling_for(8, 8, 32768, 132).splits == 66  # one row may have all the length
+    assert tiling_for(1024, 8, 32768, 132).splits == 1  # rows enough
 
 
 def test_bfloat16_caches_and_strided_ones(device: torch.device) -> None:
