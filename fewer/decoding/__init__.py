@@ -1,7 +1,20 @@
 """Fewer steps: drafters, the verifier, sampling and the generation loop."""
 
+from fewer.decoding.aded import Aded, AdedConfig
 from fewer.decoding.draft_model import DraftModel, DraftModelConfig
 from fewer.decoding.plain import Plain
 from fewer.decoding.prompt_lookup import PromptLookup, PromptLookupConfig
+from fewer.decoding.trigram_table import TrigramTable, build_table, load_table
 
-__all__ = ["DraftModel", "DraftModelConfig", "Plain", "PromptLookup", "PromptLookupConfig"]
+__all__ = [
+    "Aded",
+    "AdedConfig",
+    "DraftModel",
+    "DraftModelConfig",
+    "Plain",
+    "PromptLookup",
+    "PromptLookupConfig",
+    "TrigramTable",
+    "build_table",
+    "load_table",
+]
