@@ -179,7 +179,7 @@ def prefix(bench: Bench, batch: int, length: int) -> Results:
     default = shared_prefix.blocks_for(*sizes, bench.processors())
     candidates = [default]
     if bench.device.type == "cuda":
-        shapes = ((128, 128, 1, 8, 2), (128, 64, 1, 4, 3), (64, 64, 1, 4, 3), (128, 64, 2, 8, 3), (128, 128, 2, 8, 2))
+        shapes = ((128, 64, 1, 4, 2), (128, 64, 1, 8, 3), (128, 128, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 2, 8, 2))
         candidates += [shared_prefix.Blocks(*shape) for shape in shapes]
 
     def seconds(blocks: shared_prefix.Blocks) -> float:

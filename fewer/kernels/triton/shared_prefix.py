@@ -172,10 +172,11 @@ def blocks_for(
     batch: int, kv_heads: int, group: int, head_dim: int, element_size: int, groups: int, longest: int,
     multiprocessors: int,
 ) -> Blocks:  # fmt: skip
-    """Tiles of queries as the average group fills, and splits that fill the multiprocessors."""
+    """Tiles of queries as the average group fills, and splits that fill the multiprocessors. Where a tile of queries is
+    full, more keys meet it at once: what is done once a tile, above all shrinking its output, is done half as often."""
     width = max(16, next_power_of_2(head_dim)) * element_size  # bytes of a key
     rows = max(16, min(128, next_power_of_2(-(-batch * group // groups))))
-    rows, keys = (rows, 64) if width <= 256 else (min(rows, 64), 32)
+    rows, keys = (rows, 128 if rows == 128 else 64) if width <= 256 else (min(rows, 64), 32)
     programs = kv_heads * _tiles(batch, group, groups, rows)
     splits = splits_for(programs, -(-longest // (4 * keys)), multiprocessors)
     return Blocks(rows, keys, splits, 8 if rows == 128 else 4, stages_for(rows, keys, width))
