@@ -18,9 +18,10 @@ from triton.runtime.jit import JITFunction
 
 from fewer.cache import FullCache
 from fewer.engine.cuda import CudaDecoder
-from fewer.kernels.new_tokens import Workspace
+from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.tile_attention import Lambda, TileLists
 from fewer.kernels.triton.attention_decode import attention_decode
+from fewer.kernels.triton.chosen_tokens import attend_and_choose, attend_chosen
 from fewer.kernels.triton.gather_rows import gather_rows
 from fewer.kernels.triton.linear import Fused, dequantize, multiply
 from fewer.kernels.triton.list_attention import attend_list
@@ -29,7 +30,6 @@ from fewer.kernels.triton.norm import add_rms_norm, rms_norm
 from fewer.kernels.triton.rotate import rotate
 from fewer.kernels.triton.shared_prefix import attend_prefix
 from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
-from fewer.kernels.triton.top_k import top_k
 from tests.engine.test_cuda import FEATURES, SMALL, build
 from tests.kernels.triton.test_linear import ACTIVATIONS, problem
 from tests.random_model import config_of
@@ -133,8 +133,14 @@ def prompts() -> None:
 
 def selections() -> None:
     for lists, length in ((8, 300_000), (2, 1000)):
-        scores, indices = torch.zeros(1, 8, length), torch.zeros(1, lists, 48, dtype=torch.int32)
-        top_k(scores, 48, torch.ones(1, dtype=torch.int32), lists, indices, Workspace(CPU))
+        keys = torch.zeros(1, 2, length, 64, dtype=torch.bfloat16)
+        new = NewTokens(
+            keys.new_zeros(1, 12 * 64), torch.ones(1, dtype=torch.int32), keys.new_zeros(1, 8 * 64), 8, 2, 0.1, None,
+            Fusion(torch.zeros(8, 32, 2), 64), Workspace(CPU), False,
+        )  # fmt: skip
+        tensors = keys, keys.clone(), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, lists, 48, dtype=torch.int32)
+        attend_and_choose(new, *tensors)
+        attend_chosen(new, *tensors)
 
 
 def decoders() -> None:

@@ -45,3 +45,9 @@ def test_turned_and_stored(
     for row, slot in enumerate(slots.tolist()):
         wanted[0, row, :, slot], wanted[1, row, :, slot] = k[row], v[row]
     torch.testing.assert_close(storage.cpu(), wanted, rtol=1e-5, atol=1e-5)
+    whole = torch.zeros(2, batch, kv_heads, 42, head_dim, device=device)
+    assert torch.equal(turn_and_store(new, whole[0], whole[1]), found)  # without places, slots are positions
+    torch.testing.assert_close(
+        whole[:, range(batch), :, positions], storage[:, range(batch), :, slots], rtol=0.0, atol=0.0
+    )
+    assert whole.count_nonzero() == storage.count_nonzero()
