@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fewer.cache.head_gates import check_sparsity, gates_of, retrieval_heads
+from fewer.cache.lserve_capture import can_capture, capture_of
 from fewer.cache.quantised_pages import Bits, RowLayout
 from fewer.cache.retrieval_pages import FEWEST, PageChoice, RetrievalPages
 from fewer.cache.sink_ring import SinkRing
@@ -32,6 +33,7 @@ from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
 from fewer.registry import method
+from fewer.slots import Capture
 
 if TYPE_CHECKING:
     from fewer.training import Adapter
@@ -91,6 +93,8 @@ class LServeLayer:
         config = cache.config
         self.cache, self.index, self.ring = cache, index, ring
         self.scale, self.softcap = config.scale, config.attention_softcap or 0.0
+        # [Hk] int32: its number among the retrieval heads, or -1 less that among the streaming ones
+        self.homes = torch.where(retrieval, retrieval.cumsum(0) - 1, -(~retrieval).cumsum(0)).int().to(cache.device)
         group = config.heads // config.kv_heads
         self.parts = []  # (query heads, key heads), retrieval and streaming; None where there are none
         for chosen in (retrieval, ~retrieval):
@@ -166,6 +170,7 @@ class LServeCache:
             firsts[kind] += int((~heads).sum())
         self.counts = [0] * batch  # committed tokens
         self._step: Step | None = None  # the one that is not committed yet
+        self._due = torch.zeros(batch, dtype=torch.int32, device=device)  # rows that choose pages in a captured step
 
     @property
     def nbytes(self) -> int:
@@ -216,6 +221,19 @@ class LServeCache:
         self.counts = [count + n for count, n in zip(self.counts, stays, strict=True)]
         self.pages.commit(self.counts)
         self._step = None
+
+    def capture(self, step: Step) -> Capture | None:
+        """Place one generated token in every row. A layer is two launches, and four where some row chooses pages."""
+        if step.role != "generated" or step.lengths is not None or not can_capture(self):
+            return None
+        self.pages.abandon(self.counts)
+        self.ring.narrow(self.settings.window, self.counts)
+        self.ring.place_one_each()
+        due = self.pages.place_one_each(self.counts)
+        self._step = None
+        if any(due):
+            self._due.copy_(torch.tensor(due, dtype=torch.int32))
+        return capture_of(self, self._due if any(due) else None)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on. Raises FewerError where a window's are gone."""

@@ -89,6 +89,7 @@ class RetrievalPages:
         self.lists: list[Tensor | None] = [None] * len(heads)  # [B, H or Hk, K] int32 logical pages, -1: none
         self.has_list = [False] * batch  # rows whose lists are those of the text before the next token
         self._plan: PagesPlan | None = None
+        self._placed: list[bool] | None = None  # `has_list` after a step that `place_one_each` began
 
     @property
     def nbytes(self) -> int:
@@ -98,10 +99,7 @@ class RetrievalPages:
     def begin(self, counts: Sequence[int], new: Sequence[int], positions: Tensor, decodes: bool) -> None:
         """Plan a step of new[b] tokens a row at `positions` [B, T], behind the counts[b] that are there."""
         totals = [count + n for count, n in zip(counts, new, strict=True)]
-        self.pool.prepare(counts, totals)
-        for of_layer in self.statistics:
-            if of_layer.bounds.shape[1] < self.pool.pages:
-                of_layer.grow(self.pool.pages, self.choice.page_size)
+        self._prepare(counts, totals)
         columns = torch.arange(positions.shape[1])
         written = (columns < torch.tensor(new)[:, None]).nonzero()  # [N, 2]
         rows, columns = written.t().to(self.device)
@@ -134,6 +132,21 @@ class RetrievalPages:
             has_list,
         )
 
+    def place_one_each(self, counts: Sequence[int]) -> list[bool]:
+        """Begin a step of one generated token in every row, for kernels that find its places themselves: which rows
+        choose pages."""
+        self._prepare(counts, [count + 1 for count in counts])
+        due = [count > self.choice.budget and self._is_due(row, count) for row, count in enumerate(counts)]
+        self._placed = [held or chosen for held, chosen in zip(self.has_list, due, strict=True)]
+        return due
+
+    def _prepare(self, counts: Sequence[int], totals: Sequence[int]) -> None:
+        """Pages for rows of `totals` tokens, and statistics for as many pages as there are."""
+        self.pool.prepare(counts, totals)
+        for of_layer in self.statistics:
+            if of_layer.bounds.shape[1] < self.pool.pages:
+                of_layer.grow(self.pool.pages, self.choice.page_size)
+
     def _is_due(self, row: int, count: int) -> bool:
         return count % self.choice.interval == 0 or not self.has_list[row]
 
@@ -159,13 +172,9 @@ class RetrievalPages:
 
     def _chosen(self, layer: int, q: Tensor, plan: PagesPlan) -> Tensor:
         """The lists of a layer [B, H or Hk, K], with a new choice for rows where it is due; short rows read all."""
-        choice, statistics, kv_heads = self.choice, self.statistics[layer], self.spans[layer]
-        heads = kv_heads.stop - kv_heads.start if choice.shared else q.shape[1]
-        lists, longest = self.lists[layer], choice.pages + 1  # a row at the budget may have begun one more
-        if lists is None:
-            with torch.inference_mode(False):
-                lists = torch.full((len(q), heads, longest), -1, dtype=torch.int32, device=self.device)
-            self.lists[layer] = lists
+        choice, statistics = self.choice, self.statistics[layer]
+        lists = self.lists_of(layer, q.shape[1])
+        heads, longest = lists.shape[1:]
         if plan.due is not None:
             lengths = plan.lengths[plan.due]
             table = self.pool.table[plan.due, : self.pool.pages_for(int(lengths.max()))]
@@ -180,18 +189,31 @@ class RetrievalPages:
         every = torch.arange(longest, dtype=torch.int32, device=self.device)  # those beyond a row's end are unseen
         return torch.where(plan.short[:, None, None], every, lists)
 
+    def lists_of(self, layer: int, query_heads: int) -> Tensor:
+        """The lists of a layer with this many query heads at its retrieval heads: [B, H or Hk, K + 1] int32."""
+        lists, heads = self.lists[layer], self.spans[layer]
+        if lists is None:  # a row at the budget may have begun one page more
+            shape = len(self.has_list), heads.stop - heads.start if self.choice.shared else query_heads
+            with torch.inference_mode(False):
+                lists = torch.full((*shape, self.choice.pages + 1), -1, dtype=torch.int32, device=self.device)
+            self.lists[layer] = lists
+        return lists
+
     def commit(self, lengths: Sequence[int]) -> None:
         """End the step: each row has this many tokens now."""
         if self._plan is not None:
-            self.has_list, self._plan = self._plan.has_list, None
+            self.has_list = self._plan.has_list
+        elif self._placed is not None:
+            self.has_list = self._placed
+        self._plan = self._placed = None
         for row, length in enumerate(lengths):
             if length < self.pool.lengths[row]:
                 self._cut(row, length)
 
     def abandon(self, lengths: Sequence[int]) -> None:
         """Take back a step that was not committed."""
-        if self._plan is not None:
-            self._plan = None
+        if self._plan is not None or self._placed is not None:
+            self._plan = self._placed = None
             for row, length in enumerate(lengths):
                 self._cut(row, length)
 

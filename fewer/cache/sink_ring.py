@@ -94,6 +94,13 @@ class SinkRing:
             start = torch.tensor([len(slots) for slots in old], dtype=torch.int32, device=self.device)
         self._plan = RingPlan(list(counts), nothing, nothing, 0, None, order, start, causal)
 
+    def place_one_each(self) -> None:
+        """Begin a step of one token in every row, for kernels that find its slot and write it themselves. There is room
+        for all that the window may hold, so that nothing moves later."""
+        self._waiting.clear()
+        self._plan = None
+        self.reserve(self.sinks + self.window)
+
     def attend(self, heads: slice, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
         """q [B, H, T, D] and new k, v [B, Hk, T, D], rotated, of those `heads` -> [B, H, T, D]."""
         plan = self._plan
