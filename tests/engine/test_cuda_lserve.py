@@ -104,7 +104,8 @@ def test_a_text_within_the_budget_grows_into_its_ring(device: torch.device) -> N
 
 def test_a_row_that_waits_and_a_prompt_are_possible_in_between(device: torch.device) -> None:
     ours, theirs = pair(2, SETTINGS, device)
-    found, wanted = [], []
+    found: list[Tensor] = []
+    wanted: list[Tensor] = []
     for each, logits in ((ours, found), (theirs, wanted)):
         logits.append(each.prefill([random_tokens(52, 1, 40), random_tokens(9, 2, 40)]))
         logits.append(each.decode([3, 4]))
