@@ -16,6 +16,7 @@ import torch
 
 from fewer.kernels.attention import merge
 from fewer.kernels.attention_part import attention_part
+from fewer.kernels.list_attention import attend_list
 from fewer.kernels.shared_prefix import attend_prefix
 
 ROWS, REPEATS = 16, 3
@@ -39,7 +40,8 @@ class SplitCost:
 
 @functools.cache
 def split_cost(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> SplitCost:
-    """Time the three things on random numbers: some hundredths of a second."""
+    """Time the three things on random numbers, as decoding steps do them: some hundredths of a second. Who asks does so
+    before prompts are fed, so never while a graph is recorded."""
     tokens = max(1, BYTES // (2 * ROWS * kv_heads * head_dim * dtype.itemsize))
     q = torch.randn(ROWS, heads, head_dim, device=device).to(dtype)
     k, v = torch.randn(2, ROWS, kv_heads, tokens, head_dim, device=device).to(dtype)
@@ -55,8 +57,17 @@ def split_cost(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, dev
     def taken(call: Callable[[], object]) -> float:
         return seconds(call, lambda: others.add_(1.0), device)
 
-    rows = taken(lambda: attention_part(q[:, :, None], k, v, scale))
-    level = taken(lambda: merge([prefix(torch.ones_like(length))] * 2))
+    if device.type == "cuda":
+        from fewer.kernels.triton.merge_heads import merge_into  # where there is a GPU, there is Triton
+
+        pages = torch.arange(ROWS, dtype=torch.int32, device=device)[:, None]
+        lengths, short = length.expand(ROWS).contiguous(), torch.ones_like(length)
+        out, parts = torch.empty_like(q), torch.zeros(2, *q.shape, device=device)
+        rows = taken(lambda: attend_list(q, k, v, pages, None, None, "token", lengths, scale))
+        level = taken(lambda: (prefix(short), merge_into(out, parts, parts[..., 0].contiguous())))
+    else:
+        rows = taken(lambda: attention_part(q[:, :, None], k, v, scale))
+        level = taken(lambda: merge([prefix(torch.ones_like(length))] * 2))
     whole = taken(lambda: prefix(length))
     return SplitCost(rows / (ROWS * tokens), max(0.0, whole - level) / (ROWS * tokens), level)
 
