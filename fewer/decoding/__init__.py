@@ -4,6 +4,7 @@ from fewer.decoding.aded import Aded, AdedConfig
 from fewer.decoding.draft_model import DraftModel, DraftModelConfig
 from fewer.decoding.plain import Plain
 from fewer.decoding.prompt_lookup import PromptLookup, PromptLookupConfig
+from fewer.decoding.rest import Rest, RestConfig
 from fewer.decoding.trigram_table import TrigramTable, build_table, load_table
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Plain",
     "PromptLookup",
     "PromptLookupConfig",
+    "Rest",
+    "RestConfig",
     "TrigramTable",
     "build_table",
     "load_table",

@@ -58,7 +58,7 @@ class AdedConfig:
             "depth": (1, 15),
             "sequences": (1, 1000),
             "seed": (0, 2**62 - 1),
-            "amount": (0, 3),
+            "amount": (1e-6, 3),
             "c1": (0, 1e6),
             "c2": (1e-6, 1e6),
         }

@@ -261,7 +261,8 @@ def test_an_answer_starts_from_the_table_alone_unless_it_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", ["tokens=0", "tokens=64", "window=2", "iterations=0", "depth=0", "amount=4", "c2=0", "seed=-1"]
+    "settings",
+    ["tokens=0", "tokens=64", "window=2", "iterations=0", "depth=0", "amount=4", "amount=0", "c2=0", "seed=-1"],
 )
 def test_settings_out_of_range_are_refused(settings: str) -> None:
     name, value = settings.split("=")
