@@ -64,7 +64,13 @@ def split_cost(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, dev
         lengths, short = length.expand(ROWS).contiguous(), torch.ones_like(length)
         out, parts = torch.empty_like(q), torch.zeros(2, *q.shape, device=device)
         rows = taken(lambda: attend_list(q, k, v, pages, None, None, "token", lengths, scale))
-        level = taken(lambda: (prefix(short), merge_into(out, parts, parts[..., 0].contiguous())))
+        sums = parts[..., 0].contiguous()
+
+        def one_level() -> None:
+            prefix(short)
+            merge_into(out, parts, sums)
+
+        level = taken(one_level)
     else:
         rows = taken(lambda: attention_part(q[:, :, None], k, v, scale))
         level = taken(lambda: merge([prefix(torch.ones_like(length))] * 2))
