@@ -44,7 +44,6 @@ def sections(bench: Bench) -> Iterator[Section]:
     for budget in (sizes.budget, sizes.small_budget):
         kind = methods.tidal_decode(config, budget)
         yield f"tidal-decode {budget} {long}", partial(bench.adopted, kind, sizes.context, config)
-    yield f"quest {long}", lambda: bench.adopted(methods.quest(tiny), sizes.context, config)
     bench.dense = None
     duo = methods.duo_attention(config, tiny)
     yield f"duo-attention {long}", partial(bench.results, duo, sizes.context)
@@ -69,6 +68,8 @@ def sections(bench: Bench) -> Iterator[Section]:
     kind = methods.sink_window(sizes.kept)
     yield f"sink-window {length_name(sizes.short)}", partial(bench.results, kind, sizes.short)
     yield f"h2o {length_name(sizes.medium)}", lambda: bench.results(methods.h2o(sizes.kept), sizes.medium)
+    yield f"quest {length_name(sizes.medium)}", lambda: bench.adopted(methods.quest(tiny), sizes.medium, config)
+    bench.dense = None
     for way in ("paged", "full"):
         yield from prefix_sections(bench, way)
     yield f"peer transformers {long}", lambda: peers.transformers_step(bench, sizes.context)

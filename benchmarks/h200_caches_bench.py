@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import h200_caches_methods as methods
 from benchmarks import h200_caches_steps as steps
+from benchmarks import h200_models as models
 from benchmarks.h200_caches_bytes import floor_seconds
 from benchmarks.h200_caches_methods import Kind, shape_of
-from benchmarks.h200_models import LLAMA_8B, TINY, random_model
 from benchmarks.h200_report import Results
 from fewer.cache.full import FullCache
 from fewer.cache.selected import SelectedCache
@@ -25,12 +25,11 @@ LLAMA_2_7B = ModelConfig(
     architecture="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, layers=32, heads=32, kv_heads=32,
     head_dim=128, context_length=4096, rope_theta=10000.0,
 )  # fmt: skip
-ROOM = 512  # tokens that a cache has space for behind its prompt: a cache that grows would need a new graph
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens, but for the last line."""
+    """Tokens, but for the last lines."""
 
     context: int = 262144  # the long one
     medium: int = 65536
@@ -40,6 +39,8 @@ class Sizes:
     budget: int = 4096  # of TidalDecode
     small_budget: int = 256
     kept: int = 1024  # of what evicts
+    room: int = 512  # that a cache has space for behind its prompt: one that grows would need a new graph
+    warm_up: int = 8  # steps that are not counted
     steps: int = 64
     layers: int = 32
 
@@ -53,7 +54,8 @@ class Sizes:
         )  # fmt: skip
 
 
-TINY_SIZES = Sizes(160, 96, 64, 48, 96, 32, 16, 32, steps=4, layers=4)
+TINY_SIZES = Sizes(160, 96, 64, 48, 96, 32, 16, 32, room=32, warm_up=0, steps=4, layers=4)
+TINY = replace(models.TINY, vocab_size=40, hidden_size=32, intermediate_size=32, head_dim=16)
 
 
 class Bench:
@@ -70,20 +72,20 @@ class Bench:
 
     @property
     def config(self) -> ModelConfig:
-        return self._with_layers(TINY if self.tiny else LLAMA_8B)
+        return self._with_layers(TINY if self.tiny else models.LLAMA_8B)
 
     @property
     def many_headed(self) -> ModelConfig:
         return self._with_layers(replace(TINY, kv_heads=TINY.heads) if self.tiny else LLAMA_2_7B)
 
     def _with_layers(self, config: ModelConfig) -> ModelConfig:
-        return replace(config, layers=self.sizes.layers, context_length=self.sizes.context + 2 * ROOM)
+        return replace(config, layers=self.sizes.layers, context_length=self.sizes.context + 2 * self.sizes.room)
 
     def runner(self, config: ModelConfig) -> steps.ClockedRunner:
         """Of the model with this config, whose weights stay until another is asked for."""
         if self._runner is None or self._runner.config != config:
             self.release()
-            self._runner = steps.ClockedRunner(random_model(config, "dense", self.device), self.pdl)
+            self._runner = steps.ClockedRunner(models.random_model(config, "dense", self.device), self.pdl)
             if self.tiny:
                 self._runner.chunk = 64  # so that prompts come in chunks
         return self._runner
@@ -103,7 +105,7 @@ class Bench:
         runner = self.runner(config or self.config)
         runner.decoder.graphs.clear()  # those of sessions that are gone
         self.collect()
-        cache = kind.make(runner.config, batch, context + ROOM, runner.dtype, runner.device)
+        cache = kind.make(runner.config, batch, context + self.sizes.room, runner.dtype, runner.device)
         return Session(runner, cache)
 
     def prompt(self, tokens: int, config: ModelConfig) -> Tensor:
@@ -133,7 +135,7 @@ class Bench:
             steps.fill(cache, context)
             found |= {"context": context, "filled": "random keys, where the prompt ended early"}
         shape, config = shape_of(session.config), session.config
-        found["decode"] = steps.decode(session, 0, self.sizes.steps, kind.interval)
+        found["decode"] = steps.decode(session, 0, self.sizes.warm_up, self.sizes.steps, kind.interval)
         found["cache_bytes"] = cache.nbytes
         found["attention"] = steps.attention(session, kind.interval)
         model = session.runner.model

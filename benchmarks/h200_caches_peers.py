@@ -108,7 +108,8 @@ def transformers_step(bench: Bench, context: int, count: int = 5) -> Results:
     settings = transformers.LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim, max_position_embeddings=config.context_length, attn_implementation="sdpa",
+        head_dim=config.head_dim, max_position_embeddings=config.context_length,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

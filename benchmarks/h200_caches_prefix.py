@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import h200_caches_steps as steps
 from benchmarks.h200_caches_bench import Bench
 from benchmarks.h200_caches_methods import shape_of
-from benchmarks.h200_caches_steps import decoder_of
 from benchmarks.h200_report import Results
 from benchmarks.h200_timing import seconds_in_graph, synchronize
 from fewer.cache.full import FullCache
@@ -117,19 +117,20 @@ def decoding(bench: Bench, way: str, batch: int, prefix: int) -> Results:
         found |= {"suffix": suffix, "once_bytes": float((prefix + batch * (suffix + room)) * token)}
         found |= _decode(session, _steps(bench))
         found["cache_bytes"] = session.cache.nbytes
+        found["attention_seconds"] = steps.attention_alone(session, 3)
     except torch.OutOfMemoryError:
         found["failed"] = "out of memory"
     return found
 
 
-def _decode(session: Session, steps: int) -> Results:
+def _decode(session: Session, count: int) -> Results:
     """All rows feed their most likely tokens, as `generate` does."""
-    decoder, batch = decoder_of(session), len(session.lengths)
+    decoder, batch = steps.decoder_of(session), len(session.lengths)
     before = decoder.captured, decoder.refused
     tokens, taken = [0] * batch, []
     synchronize()
     begin = moment = time.perf_counter()
-    for _ in range(WARM_UP + steps):
+    for _ in range(WARM_UP + count):
         tokens = session.decode(tokens).argmax(-1).tolist()
         taken.append(time.perf_counter() - moment)
         moment = time.perf_counter()

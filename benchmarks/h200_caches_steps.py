@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.h200_caches_bytes import over_interval
 from benchmarks.h200_report import Results
@@ -23,11 +24,11 @@ from fewer.engine.runner import Runner
 from fewer.engine.session import Session
 from fewer.errors import FewerError
 from fewer.kernels.new_tokens import NewTokens
+from fewer.model.linear import Linear
+from fewer.model.norm import rms_norm
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
 from fewer.slots import Capture, KVCache
-
-WARM_UP = 8  # steps that are not counted: they compile, record graphs and make a first choice of pages
 
 
 class OutOfTime(FewerError):
@@ -46,6 +47,21 @@ class CountingDecoder(CudaDecoder):
         self.captured += found is not None
         self.refused += found is None
         return found
+
+    def _multiply(
+        self, x: Tensor, linear: Linear, out: Tensor, gain: Tensor | None = None, activation: str = "none",
+        residual: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """On the CPU PyTorch multiplies: the interpreter takes seconds, and products are not what is walked there."""
+        if self.on_gpu:
+            super()._multiply(x, linear, out, gain, activation, residual)
+            return
+        normed = x if gain is None else rms_norm(x, gain, self.config.norm_eps, x.dtype)
+        found = linear(normed.to(self.model.dtype))
+        if activation != "none":
+            gate, up = found.chunk(2, -1)
+            found = functional.silu(gate) * up
+        out.copy_(found if residual is None else residual + found)
 
 
 class ClockedRunner(Runner):
@@ -117,25 +133,26 @@ def fill(cache: StoredCache, tokens: int) -> None:
 # ── decoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def decode(session: Session, token: int, steps: int, interval: int = 1, limit: float = 20.0) -> Results:
+def decode(session: Session, token: int, warm_up: int, steps: int, interval: int = 1, limit: float = 20.0) -> Results:
     """Greedy decoding of the only row: seconds of a step, from one token's arrival to the next's.
 
     With an interval, steps whose place in the text it divides choose what the ones behind them use, and `seconds` is
-    the average over one; else it is the median. After `limit` seconds it ends with a whole interval.
+    the average over one; else it is the median. The first `warm_up` steps compile, record graphs and make a first
+    choice, and are not counted. After `limit` seconds it ends with a whole interval.
     """
     decoder, first = decoder_of(session), session.lengths[0]
     before, graphs = (decoder.captured, decoder.refused), set(decoder.graphs)
     synchronize()
     moments = [time.perf_counter()]
-    for _ in session.greedy(token, WARM_UP + steps):
+    for _ in session.greedy(token, warm_up + steps):
         moments.append(time.perf_counter())
         done = len(moments) - 1
-        if done >= WARM_UP + interval and done % interval == 0 and moments[-1] - moments[0] > limit:
+        if done >= warm_up + interval and done % interval == 0 and moments[-1] - moments[0] > limit:
             break
     synchronize()
     captured, refused = decoder.captured - before[0], decoder.refused - before[1]
     taken = [late - early for early, late in zip(moments, moments[1:], strict=False)]
-    counted = list(enumerate(taken))[WARM_UP:]
+    counted = list(enumerate(taken))[warm_up:]
     choosing = [seconds for place, seconds in counted if (first + place) % interval == 0]
     reusing = [seconds for place, seconds in counted if (first + place) % interval]
     found: Results = {
@@ -171,7 +188,7 @@ def new_tokens(decoder: CudaDecoder, lengths: Sequence[int]) -> list[NewTokens]:
 
 
 @torch.inference_mode()
-def attention_alone(session: Session) -> float | None:
+def attention_alone(session: Session, repeats: int = 9) -> float | None:
     """Seconds of the next step's attention in all layers, in a graph of its own: what caches launch, without products.
     None where the cache leaves this step to the general path. The step is given up afterwards."""
     decoder, cache, lengths = decoder_of(session), session.cache, session.lengths
@@ -190,7 +207,7 @@ def attention_alone(session: Session) -> float | None:
         for layer, new in enumerate(inputs):
             attend(layer, new)
 
-    return seconds_in_graph([layers], 9)
+    return seconds_in_graph([layers], repeats)
 
 
 def attention(session: Session, interval: int) -> Results | None:

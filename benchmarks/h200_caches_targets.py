@@ -172,6 +172,9 @@ def _hydragen(found: Caches) -> Iterator[Target]:
     gain = ratio(*(number(report, "prefix attention", f"{way}_seconds") for way in ("paged", "shared")))
     what = "attention of 1,024 rows behind 16k, times faster than reading the prefix for each"
     yield Target(method, what, 15, True, gain)
+    sections = [f"{way} 1024 rows 16k" for way in ("paged", "hydragen")]
+    gain = ratio(*(number(report, section, "attention_seconds") for section in sections))
+    yield Target(method, "the same in the caches' own steps, all layers", 15, True, gain)
     for batch in (256, 1024):
         what = f"{batch:,} rows, 1k to 16k: step, times what the added operations explain"
         yield Target(method, what, 1.25, False, found.decline(method, batch, 1024, 16384))
