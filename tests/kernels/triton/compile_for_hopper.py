@@ -8,6 +8,7 @@ on CUDA, and not run. Prints how many differing ones there were.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fewer.cache import FullCache
+from fewer.cache.quantised_pages import RowLayout
 from fewer.engine.cuda import CudaDecoder
 from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.tile_attention import Lambda, TileLists
@@ -28,14 +30,17 @@ from fewer.kernels.triton.list_attention import attend_list
 from fewer.kernels.triton.merge import merge
 from fewer.kernels.triton.merge_heads import merge_into
 from fewer.kernels.triton.norm import add_rms_norm, rms_norm
+from fewer.kernels.triton.pack_new import pack_and_turn
+from fewer.kernels.triton.packed_attention import attend_packed
+from fewer.kernels.triton.page_selector import choose
 from fewer.kernels.triton.rotate import rotate
-from fewer.kernels.triton.scored_attention import ScoredKeys, attend_scored, place_new
 from fewer.kernels.triton.shared_prefix import attend_prefix
 from fewer.kernels.triton.shared_prefix import launch as prefix_launch
 from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
 from fewer.kernels.triton.wide import multiply_wide
 from tests.engine.test_cuda import FEATURES, SMALL, build
 from tests.kernels.triton.test_linear import ACTIVATIONS, problem
+from tests.kernels.triton.test_pack_new import stores_for
 from tests.random_model import config_of
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -115,6 +120,27 @@ def parts_of_keys() -> None:
         attend_prefix(q, *pool, table, lengths, torch.ones(3, dtype=torch.int32), 0.1, softcap)
 
 
+def packed_rows() -> None:
+    cases: list[tuple[Any, list[int], int, int, float | None]] = [
+        (16, [0, -1], 4, 128, None),
+        (8, [0, 1], 3, 24, 2.0),
+        (4, [0], 1, 64, None),
+    ]
+    for bits, homes, group, head_dim, softcap in cases:
+        layout = RowLayout(head_dim, bits, torch.bfloat16)
+        stores = stores_for(layout, homes, 2, CPU)
+        stores = replace(stores, bounds=stores.bounds.bfloat16())
+        kv_heads, heads = len(homes), len(homes) * group
+        projected = torch.zeros(2, (heads + 2 * kv_heads) * head_dim, dtype=torch.bfloat16)
+        fusion = Fusion(torch.ones(8, head_dim // 2, 2), head_dim, torch.ones(head_dim), torch.ones(head_dim), 1e-5)
+        out, positions = projected.new_zeros(2, heads * head_dim), torch.zeros(2, dtype=torch.int32)
+        new = NewTokens(projected, positions, out, heads, kv_heads, 0.1, softcap, fusion, Workspace(CPU), True)
+        lists = torch.zeros(2, stores.pages.shape[2] * (group if bits == 16 else 1), 4, dtype=torch.int32)
+        queries = pack_and_turn(new, stores)
+        choose(new, queries, stores, torch.ones(2, dtype=torch.int32), lists, 3)
+        attend_packed(new, queries, stores, lists, 48, fresh=bits == 8)
+
+
 def tiles() -> None:
     rules, kinds = torch.ones(8, dtype=torch.int32), torch.ones(1, 8, dtype=torch.int32)
     lists = torch.ones(8, 4, 3, dtype=torch.int32)
@@ -147,21 +173,6 @@ def selections() -> None:
         attend_chosen(new, *tensors)
 
 
-def evictions() -> None:
-    """Scored keys of two layers, with scores and without."""
-    keys = torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
-    new = NewTokens(
-        keys.new_zeros(1, 12 * 64), torch.ones(1, dtype=torch.int32), keys.new_zeros(1, 8 * 64), 8, 2, 0.1, None,
-        Fusion(torch.zeros(8, 32, 2), 64), Workspace(CPU), False,
-    )  # fmt: skip
-    held, places = torch.zeros(2, 1, 2, 300, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int32)
-    for slots in (300, 0):
-        logits, rows = torch.zeros(2, 1, 8, slots), torch.zeros(1, 4, dtype=torch.int32)
-        scored = ScoredKeys(torch.zeros(2, 1, 2, 300), held, logits, torch.zeros(2, 1, 8), places, rows)
-        place_new(new, scored, 0.5, together=slots == 0)
-        attend_scored(new, keys, keys.clone(), scored, 0)
-
-
 def many_rows() -> None:
     """What a wide batch launches: products that cuBLAS makes a part of, prefixes under some of its rows, the merge."""
     x, workspace = torch.zeros(3, 128, dtype=torch.bfloat16), Workspace(CPU)
@@ -189,10 +200,10 @@ if __name__ == "__main__":
     norms()
     attentions()
     parts_of_keys()
+    packed_rows()
     tiles()
     prompts()
     selections()
-    evictions()
     products()
     many_rows()
     decoders()
