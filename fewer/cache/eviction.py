@@ -30,6 +30,7 @@ class Eviction:
     mode: Mode = "prefill-then-evict"
     positions: Positions = "absolute"
     while_generating: bool = True  # False: keys go at the end of a prompt only
+    together: bool = False  # the heads of a layer keep the same tokens: they rank by the mean of their scores
 
     def __post_init__(self) -> None:
         if self.budget < 0:

@@ -8,28 +8,32 @@ h, n new queries change the scores by
 
     A[h, k] <- α^n·A[h, k] + Σ_q α^(n-1-q)·S[h, q, k]
 
-Of a prompt, either every chunk sums the columns of its attention, or, where only the last queries count, the layers
-remember those and the sums are taken once. A method is a policy and, where scores do not rank yet, its `importance`.
+A method is a policy and, where scores do not rank yet, its `importance`.
+
+A fast path hands out a token's attention when the token is over, so the cache acts on it, `unsettled` until then, when
+the next one comes. That one takes the slot of the key that goes, so nothing is moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewer.cache.eviction import Eviction
+from fewer.cache.scored_capture import CapturedSteps
+from fewer.cache.scored_prompts import ScoredPrompts
 from fewer.cache.scored_storage import ScoredStorage
-from fewer.errors import FewerError, UsageError
+from fewer.errors import FewerError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
-from fewer.slots import Place, Placement
+from fewer.slots import Capture, Place, Placement
 
 NEVER = torch.iinfo(torch.int32).max
 
 
-class ScoredCache(ScoredStorage):
+class ScoredCache(ScoredPrompts):
     """The steps. What one pass makes others change, so nothing here is made in inference mode."""
 
     def __init__(
@@ -42,36 +46,31 @@ class ScoredCache(ScoredStorage):
         policy: Eviction,
     ):
         super().__init__(config, batch, capacity, dtype, device, policy)
-        self.tail_length = 0 if policy.memory is None else policy.memory + (self.slack or 0)
-        self.unscored = [0] * batch  # prompt tokens since keys were last chosen
-        self.remembered = [0] * batch  # how many of their queries the tails hold
         self.places_prompts = policy.mode == "stepwise"
         self.placed: Step | None = None  # the step under way, if a fast path runs it
-        self.weights: Tensor | None = None  # [layers, H, width] float32: the attention of a token that one has run
-        self.unsettled = False  # it has not been acted on
+        self.weights: Tensor | None = None  # [layers, H, width] float32: what the CPU's hands out
+        self.captured: CapturedSteps | None = None  # CUDA's, with the tensors of its steps
+        # Reads what the last token, which a fast path ran, gave each slot: [L, B, Hk, S]. None: it was acted on.
+        self.unsettled: Callable[[], Tensor] | None = None
 
     @property
     def max_step(self) -> int | None:
         return 1 if self.policy.mode == "stepwise" else super().max_step
 
     @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.captured is None else self.captured.nbytes)
+
+    @property
     def physical_lengths(self) -> list[int]:
         lengths = super().physical_lengths
-        late = self.unsettled and len(self.maps) == 1 and self._is_full(0)  # a key that is held, but is no longer seen
-        return [lengths[0] - 1] if late else lengths
+        if self.unsettled is None or len(self.maps) > 1:
+            return lengths
+        return [n - self._is_full(row) for row, n in enumerate(lengths)]  # one key is held, but is no longer seen
 
     def positions(self, row: int, layer: int = 0, head: int = 0) -> Tensor:
         self._settle()
         return super().positions(row, layer, head)
-
-    def evicts_after(self, step: Step) -> bool:
-        """Whether the step is one token after which keys go."""
-        return self.policy.while_generating and (step.role == "generated" or self.policy.mode == "stepwise")
-
-    def weights_of(self, width: int) -> Tensor:
-        """Of a prompt's new queries: [B, width] float32, 0 for padding."""
-        distance = self.new[:, None] - 1 - torch.arange(width, device=self.device)
-        return torch.where(distance >= 0, self.query_weights(distance.clamp(min=0)), 0.0)
 
     # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -95,28 +94,28 @@ class ScoredCache(ScoredStorage):
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         step, self.placed = self._step or self.placed, None
         assert step is not None
-        super().commit(kept)
         added = [choice if isinstance(choice, int) else len(choice) for choice in kept]
+        if self.captured is not None and self.captured.stops is not None:
+            self._commit_captured(added)
+            return
+        super().commit(kept)
         received = self._received()
         if received is not None:
-            self.scores *= self.policy.decay ** self._per_row(added).float()
-            self.scores[..., : received.shape[3]] += received
+            self._add_to_scores(received, added)
         for layer in self.scored:
             layer.tail = layer.tail if layer.next_tail is None else layer.next_tail
             layer.next_tail = layer.received = None
         if self.evicts_after(step):
             self._evict_one()
         elif step.role == "prompt":
-            self.unscored = [tokens + more for tokens, more in zip(self.unscored, added, strict=True)]
-            self.remembered = [min(self.tail_length, n + more) for n, more in zip(self.remembered, added, strict=True)]
+            self._lengthen_prompts(added)
 
     def _prepare(self, step: Step | None, width: int, whole: bool) -> None:
         """Finish what came before a step of `width` tokens (`whole`: of a prompt that evicts at its end), and make room
         for it."""
         if step is not None:
             self._check(step, width)
-        if self.placed is not None:  # given up
-            self.placed, self.unsettled = None, False
+        self._give_up()
         self._settle()
         if not whole and any(self.unscored):
             self._end_prompts()
@@ -124,52 +123,41 @@ class ScoredCache(ScoredStorage):
         if needed > self.slots.capacity:
             self._resize(max(needed, self.wanted) if whole else self._grown(needed))
 
-    def _check(self, step: Step, width: int) -> None:
-        name = self.policy.name
-        if step.layer_plan is not None:
-            raise FewerError(f"cache={name} keeps as many keys in every layer, so no token may skip a layer")
-        if step.mask == "bidirectional":
-            raise FewerError(f"cache={name} scores keys by causal attention and cannot read a text both ways")
-        if width > 1 and self.evicts_after(step):
-            raise FewerError(f"cache={name} evicts after every token, so a step of {width} is too long: feed one")
-        if self.renumbers and step.role == "prompt" and max(self.slots.counts) + width > self.config.context_length:
-            raise UsageError(
-                f"a prompt beyond the context of {self.config.context_length} tokens cannot be attended to whole: use "
-                f"cache={name}:positions=cache,mode=stepwise"
-            )
-
     def _received(self) -> Tensor | None:
         """What the step that ends gave each slot: [L, B, Hk, S], or None where nobody looked."""
-        if self.unsettled and self.weights is not None:
-            self.unsettled = False
-            shares = self.weights[:, None, :, : self.slots.counts[0]]
-            shares = shares if len(self.maps) == 1 else shares[[layer.index for layer in self.scored]]
-            return shares.unflatten(2, (self.config.kv_heads, -1)).sum(3)
+        if self.unsettled is not None:
+            read, self.unsettled = self.unsettled, None
+            return read()
         found = [layer.received for layer in self.scored if layer.received is not None]
         return torch.stack(found) if found else None
 
-    # ── the end of a prompt ──────────────────────────────────────────────────────────────────────────────────────────
+    def _add_to_scores(self, received: Tensor, added: Sequence[int]) -> None:
+        """`added` new queries of each row gave the slots what they `received`; what a row took back does not count."""
+        if all(count == 1 for count in added):
+            self.scores *= self.policy.decay
+        else:
+            queries = self._per_row(added)
+            self.scores *= self.policy.decay ** queries.float()
+            received = received * (queries > 0)
+        self.scores[..., : received.shape[3]] += received
 
-    def _end_prompts(self) -> None:
-        """Score what the prompts left, choose the keys that stay, and shrink the pool to them."""
-        for row, tokens in enumerate(self.unscored):
-            self.limits[row] = self.limits[row] or self.policy.limits(self.committed[row])
-            if tokens and self.policy.memory is not None:
-                self._score_tail(row, tokens, min(self.remembered[row], self.policy.memory))
-        for layer in self.scored:
-            layer.tail = None
-        self._compact()
-        self.unscored, self.remembered = [0] * self.batch, [0] * self.batch
+    @torch.inference_mode(False)
+    def _settle(self) -> None:
+        """Act on the attention of the token that a fast path ran last."""
+        if self.unsettled is not None and self.placed is None:
+            read, self.unsettled = self.unsettled, None
+            self._add_to_scores(read(), [1] * self.batch)
+            self._evict_one()
 
-    def _score_tail(self, row: int, tokens: int, queries: int) -> None:
-        count = self.slots.counts[row]
-        weights = self.query_weights(torch.arange(queries - 1, -1, -1, device=self.device))
-        for layer in self.scored:
-            scores = self.scores[layer.order, row]
-            scores *= self.policy.decay**tokens
-            scores[:, :count] += layer.tail_sums(row, queries, weights)
+    def _give_up(self) -> None:
+        """Forget a fast path's step that was not committed."""
+        if self.captured is not None and self.captured.stops is not None:
+            self._end_captured([0] * self.batch)
+        elif self.placed is not None:
+            self.unsettled = None
+        self.placed = None
 
-    # ── steps of a fast path, which stores the keys itself and hands out the attention of a token when it is over ─────
+    # ── the CPU's fast path, which stores the keys itself ────────────────────────────────────────────────────────────
 
     def can_place(self, tokens: int) -> bool:
         """Whether a single row's keys stand where they stood in the text; one token at a time where it evicts."""
@@ -179,7 +167,7 @@ class ScoredCache(ScoredStorage):
 
     @torch.inference_mode(False)
     def place_one(self, position: int) -> Placement:
-        if self.unsettled and self.placed is None and len(self.maps) == 1 and self._is_full(0):
+        if self.unsettled is not None and self.placed is None and len(self.maps) == 1 and self._is_full(0):
             return self._place_in_lowest(position)
         self._prepare(None, 1, whole=False)
         placement = super().place_one(position)
@@ -199,8 +187,7 @@ class ScoredCache(ScoredStorage):
         """The new token gets the slots of the keys that the last one evicts: nothing is moved."""
         received, count = self._received(), self.slots.counts[0]
         assert received is not None
-        self.scores *= self.policy.decay
-        self.scores[..., :count] += received
+        self._add_to_scores(received, [1])
         lowest = self._lowest()  # [L, 1, Hk]
         self.held.scatter_(3, lowest[..., None], position)
         self.scores.scatter_(3, lowest[..., None], 0.0)
@@ -213,18 +200,64 @@ class ScoredCache(ScoredStorage):
         width = -(-self.slots.capacity // 16) * 16
         if self.weights is None or self.weights.shape[2] != width:
             self.weights = torch.zeros(self.config.layers, self.config.heads, width)
-        self.unsettled = True
+        self.unsettled = self._handed_out
         return placement._replace(weights=self.weights)
 
+    def _handed_out(self) -> Tensor:
+        assert self.weights is not None
+        shares = self.weights[:, None, :, : self.slots.counts[0]]
+        shares = shares if len(self.maps) == 1 else shares[[layer.index for layer in self.scored]]
+        return shares.unflatten(2, (self.config.kv_heads, -1)).sum(3)
+
+    # ── CUDA's fast path ─────────────────────────────────────────────────────────────────────────────────────────────
+
     @torch.inference_mode(False)
-    def _settle(self) -> None:
-        """Act on the attention of the token that a fast path ran last."""
-        if self.unsettled and self.placed is None:
-            received = self._received()
-            assert received is not None
-            self.scores *= self.policy.decay
-            self.scores[..., : received.shape[3]] += received
+    def capture(self, step: Step) -> Capture | None:
+        """Place a token in every row, where keys stand where they stood in the text: in a full row, the kernels find
+        the lowest key of every head and give the token its slot. The first step behind a prompt ends that."""
+        generated = step.role == "generated" or self.policy.mode == "stepwise"
+        ranked = not self.policy.while_generating or type(self).importance is ScoredStorage.importance
+        if not (generated and ranked and self.keys_rotated) or len(self.maps) > 1 or step.lengths is not None:
+            return None
+        captured = self.captured
+        pending = captured is not None and captured.stops is None and self.unsettled == captured.received
+        if not pending or max(self._stops(pending)) > self.slots.capacity:
+            self._prepare(step, 1, whole=False)
+            self._drop_tentative()
+            pending = False
+        if captured is None or not captured.is_current:
+            captured = self.captured = CapturedSteps(self)
+        self.placed, self._step, self._tentative, self.unsettled = step, None, 0, None
+        return captured.place(pending, self._stops(pending))
+
+    def _stops(self, pending: bool) -> list[int]:
+        """Slots in use with one more token a row; `pending`: where a row is over its budget, a key goes for it."""
+        return [n + (not (pending and self._is_full(row))) for row, n in enumerate(self.slots.counts)]
+
+    def _commit_captured(self, added: Sequence[int]) -> None:
+        assert self.captured is not None
+        self._end_captured(added)
+        self.committed = [tokens + more for tokens, more in zip(self.committed, added, strict=True)]
+        if self.policy.while_generating and all(added):
+            self.unsettled = self.captured.received
+        elif self.policy.while_generating:
+            self._add_to_scores(self.captured.received(), added)
             self._evict_one()
+
+    def _end_captured(self, added: Sequence[int]) -> None:
+        """Keep the token of the rows where `added` is 1; in the others, what lay in the last slot takes its place."""
+        captured = self.captured
+        assert captured is not None and captured.stops is not None
+        stops, captured.stops = captured.stops, None
+        displaced = [stop == count for stop, count in zip(stops, self.slots.counts, strict=True)]
+        holes = [old and not kept for old, kept in zip(displaced, added, strict=True)]
+        if any(holes):
+            self._fill(captured.taken.long(), holes)
+        for row, (stop, kept) in enumerate(zip(stops, added, strict=True)):
+            if kept:
+                self.slots.counts[row] = stop
+            else:  # what a step leaves that is given up may not be finite
+                self._clear(self.slots, row, stop - 1, stop)
 
     # ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,13 +268,17 @@ class ScoredCache(ScoredStorage):
         removed = self.committed[row] - length
         if removed <= 0:
             return
-        last_alone = self.unsettled and removed == 1  # it has evicted nothing yet
+        if self.captured is not None and self.captured.stops is not None:
+            self._give_up()
+        if self.batch > 1:
+            self._settle()
+        last_alone = self.unsettled is not None and removed == 1  # it has evicted nothing yet
         if length and not last_alone and not self._can_take_back(row, removed):
             raise FewerError(
                 f"cache={self.policy.name} cannot go back to {length} tokens: what it evicted since is gone; start "
                 "again at 0"
             )
-        self.unsettled = False
+        self.unsettled = None
         if last_alone:
             self._fill((self.held == length).int().argmax(-1), [True])  # the last slot may hold an older key
             self.slots.counts[0] += 1
@@ -251,19 +288,8 @@ class ScoredCache(ScoredStorage):
             self._clear(slots, row, stays, slots.counts[row])
             slots.counts[row] = stays
         self.scores[:, row, :, own:] = 0
-        for layer in self.scored:
-            if layer.tail is not None and removed < self.tail_length:
-                layer.tail = layer.tail.clone()
-                layer.tail[row] = layer.tail[row].roll(removed, 1)  # what comes round to the front is not counted
-        self.unscored[row] = max(0, self.unscored[row] - removed)
-        self.remembered[row] = max(0, self.remembered[row] - removed)
+        self._shorten_prompt(row, removed)
         if not length:
             self.limits[row] = self.policy.limits(0) if self.policy.budget else None
             self.complete_from[row] = 0
         self.committed[row], self._step = length, None
-
-    def _can_take_back(self, row: int, removed: int) -> bool:
-        if self.policy.while_generating or self.committed[row] - removed < self.complete_from[row]:
-            return False
-        choosing = min(self.policy.memory or 0, max(0, self.unscored[row] - removed))
-        return self.remembered[row] - removed >= choosing or not choosing

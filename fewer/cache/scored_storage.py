@@ -15,8 +15,9 @@ from fewer.cache.eviction import Eviction
 from fewer.cache.scored_layer import ScoredLayer
 from fewer.cache.slot_map import SlotMap
 from fewer.cache.stored import StoredCache
-from fewer.errors import UsageError
+from fewer.errors import FewerError, UsageError
 from fewer.model.config import ModelConfig
+from fewer.model.step import Step
 
 
 class ScoredStorage(StoredCache):
@@ -73,11 +74,31 @@ class ScoredStorage(StoredCache):
             return super().positions(row, layer)
         return self.held[at.order, row, head, : self.slots.counts[row]].long().sort().values
 
+    # ── which steps there are ────────────────────────────────────────────────────────────────────────────────────────
+
+    def evicts_after(self, step: Step) -> bool:
+        """Whether the step is one token after which keys go."""
+        return self.policy.while_generating and (step.role == "generated" or self.policy.mode == "stepwise")
+
+    def _check(self, step: Step, width: int) -> None:
+        name = self.policy.name
+        if step.layer_plan is not None:
+            raise FewerError(f"cache={name} keeps as many keys in every layer, so no token may skip a layer")
+        if step.mask == "bidirectional":
+            raise FewerError(f"cache={name} scores keys by causal attention and cannot read a text both ways")
+        if width > 1 and self.evicts_after(step):
+            raise FewerError(f"cache={name} evicts after every token, so a step of {width} is too long: feed one")
+        if self.renumbers and step.role == "prompt" and max(self.slots.counts) + width > self.config.context_length:
+            raise UsageError(
+                f"a prompt beyond the context of {self.config.context_length} tokens cannot be attended to whole: use "
+                f"cache={name}:positions=cache,mode=stepwise"
+            )
+
     # ── how keys rank ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def importance(self, scores: Tensor, ages: Tensor) -> Tensor:
         """scores and ages (how many queries have seen the key) [.., Hk, S] -> [.., Hk, S]: the highest stay."""
-        return scores
+        return scores.mean(-2, keepdim=True).expand_as(scores) if self.policy.together else scores
 
     def query_weights(self, distance: Tensor) -> Tensor:
         """Weight of the query that many tokens before the newest one of a prompt, float32."""

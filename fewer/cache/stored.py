@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewer.cache.slot_map import SLACK, SlotMap, StepPlan
+from fewer.cache.window_capture import WindowPlaces
 from fewer.kernels.attention import attend, attention, merge
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
@@ -155,6 +156,7 @@ class StoredCache:
         self._tentative = 0  # width of a step that is not committed yet
         self._plans: dict[int, StepPlan] = {}
         self._step: Step | None = None
+        self._places: WindowPlaces | None = None  # of captured steps behind a window
 
     @property
     def nbytes(self) -> int:
@@ -188,11 +190,19 @@ class StoredCache:
         return Capture(key, lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1]))
 
     def capture(self, step: Step) -> Capture | None:
-        """The step placed, where `contiguous` holds."""
-        if not self.contiguous:
+        """The step placed, where `contiguous` holds or every layer has sinks and a window."""
+        if self.contiguous:
+            self.begin(step)
+            return self.contiguous_capture()
+        slots = self.maps[0]
+        if len(self.maps) > 1 or slots.window is None or not self.is_plain or step.lengths is not None:
             return None
-        self.begin(step)
-        return self.contiguous_capture()
+        self._drop_tentative()
+        self._make_room(slots, 1)
+        slots.place_each(step.positions)
+        self._tentative, self._step = 1, None
+        self._places = self._places or WindowPlaces(slots)
+        return self._places.capture(self.pools[0])
 
     @property
     def max_step(self) -> int | None:
@@ -312,7 +322,6 @@ class StoredCache:
         """Grow every unbounded kind of layer to hold this many tokens a row."""
         for slots in self.maps:
             self._reserve(slots, tokens)
-        self._point_layers()
 
     def _reserve(self, slots: SlotMap, tokens: int) -> None:
         """Grow one kind."""
@@ -326,6 +335,7 @@ class StoredCache:
         for layer in self.layers:
             if layer.slots is slots and layer.absent is not None:
                 layer.absent = torch.nn.functional.pad(layer.absent, (0, extra))
+        self._point_layers()
 
     def _point_layers(self) -> None:
         """Layers and the layout look into the pools."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fewer.cache.eviction import Eviction, Mode
 from fewer.cache.scored import ScoredCache
@@ -27,7 +26,7 @@ class TovaConfig:
 
     @property
     def policy(self) -> Eviction:
-        return Eviction("tova", self.budget, decay=0.0, memory=1, mode=self.mode)
+        return Eviction("tova", self.budget, decay=0.0, memory=1, mode=self.mode, together=True)
 
 
 @method("tova", slot="cache", paper="2401.06104", lossless=False, config=TovaConfig)
@@ -44,6 +43,3 @@ class TovaCache(ScoredCache):
         settings: TovaConfig = TovaConfig(),
     ):
         super().__init__(config, batch, capacity, dtype, device, settings.policy)
-
-    def importance(self, scores: Tensor, ages: Tensor) -> Tensor:
-        return scores.mean(-2, keepdim=True).expand_as(scores)

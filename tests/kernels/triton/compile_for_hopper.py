@@ -34,6 +34,7 @@ from fewer.kernels.triton.pack_new import pack_and_turn
 from fewer.kernels.triton.packed_attention import attend_packed
 from fewer.kernels.triton.page_selector import choose
 from fewer.kernels.triton.rotate import rotate
+from fewer.kernels.triton.scored_attention import ScoredKeys, attend_scored, place_new
 from fewer.kernels.triton.shared_prefix import attend_prefix
 from fewer.kernels.triton.shared_prefix import launch as prefix_launch
 from fewer.kernels.triton.tile_attention import attend_tiles, column_sums
@@ -173,6 +174,21 @@ def selections() -> None:
         attend_chosen(new, *tensors)
 
 
+def evictions() -> None:
+    """Scored keys of two layers, with scores and without."""
+    keys = torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
+    new = NewTokens(
+        keys.new_zeros(1, 12 * 64), torch.ones(1, dtype=torch.int32), keys.new_zeros(1, 8 * 64), 8, 2, 0.1, None,
+        Fusion(torch.zeros(8, 32, 2), 64), Workspace(CPU), False,
+    )  # fmt: skip
+    held, places = torch.zeros(2, 1, 2, 300, dtype=torch.int32), torch.zeros(2, 1, 2, dtype=torch.int32)
+    for slots in (300, 0):
+        logits, rows = torch.zeros(2, 1, 8, slots), torch.zeros(1, 4, dtype=torch.int32)
+        scored = ScoredKeys(torch.zeros(2, 1, 2, 300), held, logits, torch.zeros(2, 1, 8), places, rows)
+        place_new(new, scored, 0.5, together=slots == 0)
+        attend_scored(new, keys, keys.clone(), scored, 0)
+
+
 def many_rows() -> None:
     """What a wide batch launches: products that cuBLAS makes a part of, prefixes under some of its rows, the merge."""
     x, workspace = torch.zeros(3, 128, dtype=torch.bfloat16), Workspace(CPU)
@@ -204,6 +220,7 @@ if __name__ == "__main__":
     tiles()
     prompts()
     selections()
+    evictions()
     products()
     many_rows()
     decoders()
