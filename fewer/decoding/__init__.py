@@ -1,6 +1,7 @@
 """Fewer steps: drafters, the verifier, sampling and the generation loop."""
 
 from fewer.decoding.aded import Aded, AdedConfig
+from fewer.decoding.aggressive import Aggressive, AggressiveConfig
 from fewer.decoding.draft_model import DraftModel, DraftModelConfig
 from fewer.decoding.plain import Plain
 from fewer.decoding.prompt_lookup import PromptLookup, PromptLookupConfig
@@ -10,6 +11,8 @@ from fewer.decoding.trigram_table import TrigramTable, build_table, load_table
 __all__ = [
     "Aded",
     "AdedConfig",
+    "Aggressive",
+    "AggressiveConfig",
     "DraftModel",
     "DraftModelConfig",
     "Plain",
