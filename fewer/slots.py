@@ -190,6 +190,21 @@ class CapturedCache(Protocol):
         ...
 
 
+class Ahead(NamedTuple):
+    """Launches for several tokens of a single row: what changes between them is read on the device."""
+
+    capture: Capture
+    room: int | None  # how many tokens; None: any number
+
+
+@runtime_checkable
+class AheadCache(Protocol):
+    """A KVCache whose passes may be launched before the tokens of those in front have arrived; each is then committed
+    by `advance_one`, as in a `ContiguousCache`."""
+
+    def ahead(self) -> Ahead | None: ...  # None: not now
+
+
 # ── weights: fewer bits ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

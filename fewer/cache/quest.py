@@ -30,7 +30,7 @@ from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
 from fewer.registry import method
-from fewer.slots import Capture
+from fewer.slots import Ahead, Capture
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,9 @@ class QuestCache(SelectedCache):
 
     def capture(self, step: Step) -> Capture | None:
         """The layers keep the bounds of pages, so no step is launched without them."""
+        return None
+
+    def ahead(self) -> Ahead | None:
         return None
 
     def adopt(self, other: StoredCache) -> None:

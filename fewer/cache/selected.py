@@ -26,7 +26,7 @@ from fewer.kernels.list_attention import INFINITY, attend_list
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
-from fewer.slots import Capture
+from fewer.slots import Ahead, Capture
 
 Sets = Literal["query-head", "key-head"]
 LONGEST_RUN = 1024  # keys that are scored at once
@@ -207,13 +207,27 @@ class SelectedCache(StoredCache):
         """While everything is read, what `full` launches; behind the budget, what the method says."""
         if step.lengths is not None or len(self.maps) > 1 or self.skips:
             return None
-        selects = max(self.everything.counts) + 1 > self.budget  # as `selection_for` says of such a step
-        selects = selects and any(isinstance(layer, SelectedLayer) for layer in self.layers)
+        selects = self._room_for_all == 0
         capture = self.selecting_capture() if selects else self.contiguous_capture()
         if capture is not None:
             self.begin(step)
             self._selects = selects
         return capture
+
+    def ahead(self) -> Ahead | None:
+        """Launches over contiguous keys read positions on the device, also where they select."""
+        if len(self.maps) > 1 or self.skips:
+            return None
+        room = self._room_for_all
+        capture = self.selecting_capture() if room == 0 else self.contiguous_capture()
+        return None if capture is None else Ahead(capture, room or None)
+
+    @property
+    def _room_for_all(self) -> int | None:
+        """Tokens one by one until a step is a selecting one, as `selection_for` says; None: none ever is."""
+        if not any(isinstance(layer, SelectedLayer) for layer in self.layers):
+            return None
+        return max(0, self.budget - max(self.everything.counts))
 
     def selecting_capture(self) -> Capture | None:
         """What one token a row launches that reads part of what is stored; None: only the layers' `attend` knows."""

@@ -38,7 +38,7 @@ from fewer.errors import CheckpointError, UsageError
 from fewer.kernels.new_tokens import NewTokens
 from fewer.model.config import ModelConfig
 from fewer.registry import method
-from fewer.slots import Capture
+from fewer.slots import Ahead, Capture
 from fewer.training import Adapter
 
 
@@ -137,6 +137,10 @@ class TidalDecodeCache(SelectedCache):
     def first(self) -> int:
         """The first layer that selects; without any, all layers read everything."""
         return self.selecting[0] if self.selecting else self.config.layers
+
+    def ahead(self) -> Ahead | None:
+        """Tokens that are to be computed again are noted step by step."""
+        return None if self.settings.correct_every else super().ahead()
 
     def selecting_capture(self) -> Capture | None:
         (pool,) = self.pools

@@ -13,6 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.step import Step
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import Capture, CapturedCache, ContiguousCache
+from fewer.slots import Ahead, AheadCache, Capture, CapturedCache, ContiguousCache
 
 MOST_ROWS = 2048  # of a batch: beyond them a launch is short beside its work
 SHORTEST_TABLE = 4096  # positions of the rotary table, which grows in powers of two
@@ -106,8 +107,15 @@ class CudaDecoder:
         self.word_gains: dict[int, Tensor] = {}  # a norm's gain in the order of int4's words, by the gain's id
 
     def accepts(self, cache: object, batch: int) -> bool:
-        """Whether `greedy` can run over this cache."""
+        """Whether a pass may run over this cache that needs no `capture`."""
         return batch <= MOST_ROWS and bool(getattr(cache, "contiguous", False))
+
+    def ahead(self, cache: object) -> Ahead | None:
+        """What `greedy` launches over this cache of one row; None: it cannot."""
+        if self.accepts(cache, 1):
+            contiguous = cast(ContiguousCache, cache)
+            return Ahead(contiguous.contiguous_capture(), contiguous.contiguous_room)
+        return cache.ahead() if isinstance(cache, AheadCache) else None
 
     def capture(self, step: Step, cache: object) -> Capture | None:
         """Place a step of one token a row; None, and nothing has changed: it is for the general path."""
@@ -130,19 +138,21 @@ class CudaDecoder:
         return all(math.isfinite(top) for top in _tops(self.buffers[batch].report))
 
     def greedy(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
-        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed.
+        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed. There is
+        room for as many.
 
         The GPU never waits for the host: a pass begins before the token of the one in front has arrived, since its
         inputs are already there. Only what is yielded is committed. Ends early when logits are not finite.
         """
         work = self._buffers(1)
         self._feed(work, [token], [position])
-        capture = cache.contiguous_capture()
+        ahead = self.ahead(cache)
+        assert ahead is not None
         reports = [torch.empty_like(work.report, device="cpu", pin_memory=self.on_gpu) for _ in range(2)]
         arrived = [torch.cuda.Event() if self.on_gpu else None for _ in range(2)]
 
         def launch(index: int) -> None:
-            self._pass(work, capture, position + count)
+            self._pass(work, ahead.capture, position + count)
             reports[index % 2].copy_(work.report, non_blocking=True)
             event = arrived[index % 2]
             if event is not None:

@@ -86,12 +86,15 @@ class Runner:
 
     def fast_room(self, cache: KVCache) -> int | None:
         """How many tokens `greedy` may take over this cache; None: as many as fit."""
-        return cast(ContiguousCache, cache).contiguous_room if self.single is None else self.single.room(cache)
+        if self.cuda is not None:
+            ahead = self.cuda.ahead(cache)
+            return 0 if ahead is None else ahead.room
+        return 0 if self.single is None else self.single.room(cache)
 
     def has_fast_path(self, cache: KVCache) -> bool:
         """Whether `greedy` can run over this cache of one row."""
         if self.cuda is not None:
-            return self.cuda.accepts(cache, 1)
+            return self.cuda.ahead(cache) is not None
         return self.single is not None and self.single.accepts(cache)
 
     @torch.inference_mode()

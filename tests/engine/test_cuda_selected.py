@@ -125,6 +125,19 @@ def test_captured_tokens_are_computed_again_when_they_are_due(device: torch.devi
     assert captures(ours) == 3
 
 
+def test_running_ahead_gives_the_general_paths_tokens_across_the_budget(device: torch.device) -> None:
+    ours, theirs = pair(1, settings_of(), device)
+    for each in (ours, theirs):
+        each.prefill([random_tokens(BUDGET - 1, 3, 40)])
+    count = 2 if device.type == "cpu" else 30
+    assert list(ours.greedy(5, count)) == list(theirs.greedy(5, count))
+    assert captures(ours) == 0 and ours.lengths == theirs.lengths
+    runner = ours.runner
+    rooms = [runner.fast_room(each.cache) for each in (ours, session(runner, 1, settings_of()))]
+    assert rooms == [None, BUDGET]  # behind the budget any number, before it as many as it holds
+    assert not runner.has_fast_path(session(runner, 1, settings_of(correct_every=3)).cache)
+
+
 def test_pages_with_bounds_are_not_captured_and_bounds_by_the_oracle_while_all_is_read() -> None:
     tokens, sizes = torch.tensor([[1]]), (CONFIG, 1, 8, torch.float32, CPU)
     oracle = OracleTopkCache(*sizes, OracleTopkConfig(budget=6, start=1))
@@ -132,6 +145,7 @@ def test_pages_with_bounds_are_not_captured_and_bounds_by_the_oracle_while_all_i
     for cache, captured in ((oracle, True), (quest, False)):
         for position in (0, 7):
             cache.everything.counts = cache.committed = [position]
+            assert (cache.ahead() is not None) == (captured and position == 0)
             found = cache.capture(Step(tokens, torch.tensor([[position]]), role="generated"))
             assert (found is not None) == (captured and position == 0)
 
