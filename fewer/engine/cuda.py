@@ -138,8 +138,8 @@ class CudaDecoder:
         return all(math.isfinite(top) for top in _tops(self.buffers[batch].report))
 
     def greedy(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
-        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed. There is
-        room for as many.
+        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed. The
+        cache's `ahead` has room for them.
 
         The GPU never waits for the host: a pass begins before the token of the one in front has arrived, since its
         inputs are already there. Only what is yielded is committed. Ends early when logits are not finite.
