@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from fewer.cache.eviction import Eviction, Mode, Positions, remembered_queries
-from fewer.cache.scored import ScoredCache
+from fewer.cache.scored_capture import CapturedScoredCache
 from fewer.model.config import ModelConfig
 from fewer.registry import method
 
@@ -46,7 +46,7 @@ class A2sfConfig:
 
 
 @method("a2sf", slot="cache", paper="2407.20485", lossless=False, config=A2sfConfig)
-class A2sfCache(ScoredCache):
+class A2sfCache(CapturedScoredCache):
     """`budget` keys for every key head, all of them chosen by their fading scores."""
 
     def __init__(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fewer.cache.eviction import Eviction, Mode, Positions
-from fewer.cache.scored import ScoredCache
+from fewer.cache.scored_capture import CapturedScoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.registry import method
@@ -41,7 +41,7 @@ class H2OConfig:
 
 
 @method("h2o", slot="cache", paper="2306.14048", lossless=False, config=H2OConfig)
-class H2OCache(ScoredCache):
+class H2OCache(CapturedScoredCache):
     """Heavy hitters and recent tokens, for every key head."""
 
     def __init__(

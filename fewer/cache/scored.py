@@ -11,7 +11,8 @@ h, n new queries change the scores by
 A method is a policy and, where scores do not rank yet, its `importance`.
 
 A fast path hands out a token's attention when the token is over, so the cache acts on it, `unsettled` until then, when
-the next one comes. That one takes the slot of the key that goes, so nothing is moved.
+the next one comes. That one takes the slot of the key that goes, so nothing is moved. The CPU's is here, CUDA's is in
+`fewer.cache.scored_capture`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ import torch
 from torch import Tensor
 
 from fewer.cache.eviction import Eviction
-from fewer.cache.scored_capture import CapturedSteps
 from fewer.cache.scored_prompts import ScoredPrompts
-from fewer.cache.scored_storage import ScoredStorage
 from fewer.errors import FewerError
 from fewer.model.config import ModelConfig
 from fewer.model.step import Step
-from fewer.slots import Capture, Place, Placement
+from fewer.slots import Place, Placement
 
 NEVER = torch.iinfo(torch.int32).max
 
@@ -49,17 +48,12 @@ class ScoredCache(ScoredPrompts):
         self.places_prompts = policy.mode == "stepwise"
         self.placed: Step | None = None  # the step under way, if a fast path runs it
         self.weights: Tensor | None = None  # [layers, H, width] float32: what the CPU's hands out
-        self.captured: CapturedSteps | None = None  # CUDA's, with the tensors of its steps
         # Reads what the last token, which a fast path ran, gave each slot: [L, B, Hk, S]. None: it was acted on.
         self.unsettled: Callable[[], Tensor] | None = None
 
     @property
     def max_step(self) -> int | None:
         return 1 if self.policy.mode == "stepwise" else super().max_step
-
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + (0 if self.captured is None else self.captured.nbytes)
 
     @property
     def physical_lengths(self) -> list[int]:
@@ -94,11 +88,8 @@ class ScoredCache(ScoredPrompts):
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         step, self.placed = self._step or self.placed, None
         assert step is not None
-        added = [choice if isinstance(choice, int) else len(choice) for choice in kept]
-        if self.captured is not None and self.captured.stops is not None:
-            self._commit_captured(added)
-            return
         super().commit(kept)
+        added = counts_of(kept)
         received = self._received()
         if received is not None:
             self._add_to_scores(received, added)
@@ -151,11 +142,8 @@ class ScoredCache(ScoredPrompts):
 
     def _give_up(self) -> None:
         """Forget a fast path's step that was not committed."""
-        if self.captured is not None and self.captured.stops is not None:
-            self._end_captured([0] * self.batch)
-        elif self.placed is not None:
-            self.unsettled = None
-        self.placed = None
+        if self.placed is not None:
+            self.placed, self.unsettled = None, None
 
     # ── the CPU's fast path, which stores the keys itself ────────────────────────────────────────────────────────────
 
@@ -209,56 +197,6 @@ class ScoredCache(ScoredPrompts):
         shares = shares if len(self.maps) == 1 else shares[[layer.index for layer in self.scored]]
         return shares.unflatten(2, (self.config.kv_heads, -1)).sum(3)
 
-    # ── CUDA's fast path ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    @torch.inference_mode(False)
-    def capture(self, step: Step) -> Capture | None:
-        """Place a token in every row, where keys stand where they stood in the text: in a full row, the kernels find
-        the lowest key of every head and give the token its slot. The first step behind a prompt ends that."""
-        generated = step.role == "generated" or self.policy.mode == "stepwise"
-        ranked = not self.policy.while_generating or type(self).importance is ScoredStorage.importance
-        if not (generated and ranked and self.keys_rotated) or len(self.maps) > 1 or step.lengths is not None:
-            return None
-        captured = self.captured
-        pending = captured is not None and captured.stops is None and self.unsettled == captured.received
-        if not pending or max(self._stops(pending)) > self.slots.capacity:
-            self._prepare(step, 1, whole=False)
-            self._drop_tentative()
-            pending = False
-        if captured is None or not captured.is_current:
-            captured = self.captured = CapturedSteps(self)
-        self.placed, self._step, self._tentative, self.unsettled = step, None, 0, None
-        return captured.place(pending, self._stops(pending))
-
-    def _stops(self, pending: bool) -> list[int]:
-        """Slots in use with one more token a row; `pending`: where a row is over its budget, a key goes for it."""
-        return [n + (not (pending and self._is_full(row))) for row, n in enumerate(self.slots.counts)]
-
-    def _commit_captured(self, added: Sequence[int]) -> None:
-        assert self.captured is not None
-        self._end_captured(added)
-        self.committed = [tokens + more for tokens, more in zip(self.committed, added, strict=True)]
-        if self.policy.while_generating and all(added):
-            self.unsettled = self.captured.received
-        elif self.policy.while_generating:
-            self._add_to_scores(self.captured.received(), added)
-            self._evict_one()
-
-    def _end_captured(self, added: Sequence[int]) -> None:
-        """Keep the token of the rows where `added` is 1; in the others, what lay in the last slot takes its place."""
-        captured = self.captured
-        assert captured is not None and captured.stops is not None
-        stops, captured.stops = captured.stops, None
-        displaced = [stop == count for stop, count in zip(stops, self.slots.counts, strict=True)]
-        holes = [old and not kept for old, kept in zip(displaced, added, strict=True)]
-        if any(holes):
-            self._fill(captured.taken.long(), holes)
-        for row, (stop, kept) in enumerate(zip(stops, added, strict=True)):
-            if kept:
-                self.slots.counts[row] = stop
-            else:  # what a step leaves that is given up may not be finite
-                self._clear(self.slots, row, stop - 1, stop)
-
     # ── back ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @torch.inference_mode(False)
@@ -268,10 +206,6 @@ class ScoredCache(ScoredPrompts):
         removed = self.committed[row] - length
         if removed <= 0:
             return
-        if self.captured is not None and self.captured.stops is not None:
-            self._give_up()
-        if self.batch > 1:
-            self._settle()
         last_alone = self.unsettled is not None and removed == 1  # it has evicted nothing yet
         if length and not last_alone and not self._can_take_back(row, removed):
             raise FewerError(
@@ -293,3 +227,8 @@ class ScoredCache(ScoredPrompts):
             self.limits[row] = self.policy.limits(0) if self.policy.budget else None
             self.complete_from[row] = 0
         self.committed[row], self._step = length, None
+
+
+def counts_of(kept: Sequence[int | Sequence[int]]) -> list[int]:
+    """How many tokens of each row `commit` keeps."""
+    return [choice if isinstance(choice, int) else len(choice) for choice in kept]

@@ -1,23 +1,151 @@
-"""Steps of CUDA's fast path over scored keys: one token in every row, the same launches each time.
+"""CUDA's fast path over scored keys: one token in every row, the same launches each time.
 
 The kernels (`fewer.kernels.triton.scored_attention`) act on a token's attention at the beginning of the next pass, as
-the CPU's fast path does: until then it lies here, and `received` hands it out to any other step that comes first.
+the CPU's fast path does: until then it lies in `CapturedSteps`, whose `received` hands it out to whatever comes first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fewer.cache.eviction import Eviction
+from fewer.cache.scored import ScoredCache, counts_of
+from fewer.cache.scored_storage import ScoredStorage
 from fewer.kernels.list_attention import probabilities
 from fewer.kernels.new_tokens import NewTokens
-from fewer.slots import Capture
+from fewer.model.config import ModelConfig
+from fewer.model.step import Step
+from fewer.slots import Ahead, Capture
 
-if TYPE_CHECKING:
-    from fewer.cache.scored import ScoredCache
+
+class CapturedScoredCache(ScoredCache):
+    """Where a row is over its budget, the host need not know which slot each head gives up."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        policy: Eviction,
+    ):
+        super().__init__(config, batch, capacity, dtype, device, policy)
+        self.captured: CapturedSteps | None = None  # the tensors of the steps, and the one under way
+        ranked = not policy.while_generating or type(self).importance is ScoredStorage.importance
+        self.captures = ranked and self.keys_rotated and len(self.maps) == 1  # or the kernels do not know how
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.captured is None else self.captured.nbytes)
+
+    @torch.inference_mode(False)
+    def capture(self, step: Step) -> Capture | None:
+        """Place a token in every row: in one over its budget, kernels find the lowest key of every head and give the
+        token its slot. The first step behind a prompt ends that."""
+        generated = step.role == "generated" or self.policy.mode == "stepwise"
+        if not self.captures or not generated or step.lengths is not None:
+            return None
+        self._catch_up()
+        pending = self._is_pending
+        if not pending or max(self._stops(pending)) > self.slots.capacity:
+            self._prepare(step, 1, whole=False)
+            self._drop_tentative()
+            pending = False
+        captured = self.captured
+        if captured is None or not captured.is_current:
+            captured = self.captured = CapturedSteps(self)
+        self.placed, self._step, self._tentative, self.unsettled = step, None, 0, None
+        captured.stops = self._stops(pending)
+        return captured.capture(pending, captured.stops)
+
+    @torch.inference_mode(False)
+    def ahead(self) -> Ahead | None:
+        """Once a row is over its budget, its steps are all alike."""
+        self._catch_up()
+        if self.batch > 1 or not self._is_pending or not self._is_full(0):
+            return None
+        assert self.captured is not None
+        self.captured.runs_ahead = True
+        return Ahead(self.captured.capture(True, self._stops(True)), None)
+
+    def advance_one(self, position: int) -> int:
+        """Commit the token of a pass that ran ahead; the slot is of no use, since every head has its own."""
+        self.committed[0] += 1
+        return self.slots.counts[0] - 1
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether the last token's attention lies where the next pass finds it."""
+        captured = self.captured
+        return captured is not None and captured.stops is None and self.unsettled == captured.received
+
+    def _stops(self, pending: bool) -> list[int]:
+        """Slots in use with one more token a row; `pending`: where a row is over its budget, a key goes for it."""
+        return [n + (not (pending and self._is_full(row))) for row, n in enumerate(self.slots.counts)]
+
+    @torch.inference_mode(False)
+    def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
+        captured = self.captured
+        if captured is None or captured.stops is None:
+            super().commit(kept)
+            return
+        added = counts_of(kept)
+        self._end(captured, added)
+        self.placed = None
+        self.committed = [tokens + more for tokens, more in zip(self.committed, added, strict=True)]
+        if self.policy.while_generating and all(added):
+            self.unsettled = captured.received
+        elif self.policy.while_generating:
+            self._add_to_scores(captured.received(), added)
+            self._evict_one()
+
+    def _end(self, captured: CapturedSteps, added: Sequence[int]) -> None:
+        """Keep the token of the rows where `added` is 1; in the others, what lay in the last slot takes its place."""
+        stops, captured.stops = captured.stops, None
+        assert stops is not None
+        displaced = [stop == count for stop, count in zip(stops, self.slots.counts, strict=True)]
+        holes = [old and not kept for old, kept in zip(displaced, added, strict=True)]
+        if any(holes):
+            self._fill(captured.taken.long(), holes)
+        for row, (stop, kept) in enumerate(zip(stops, added, strict=True)):
+            if kept:
+                self.slots.counts[row] = stop
+            else:  # what a step leaves that is given up may not be finite
+                self._clear(self.slots, row, stop - 1, stop)
+
+    def _catch_up(self) -> None:
+        """Passes that ran ahead may have gone one further than what was committed: the newest key says so."""
+        captured = self.captured
+        if captured is None or not captured.runs_ahead:
+            return
+        captured.runs_ahead = False
+        newest = captured.held[0, 0, 0, captured.taken[0, 0, 0].long()]
+        if int(newest) >= self.committed[0]:
+            captured.stops, self.unsettled = list(self.slots.counts), None
+            self._end(captured, [0])
+
+    def _give_up(self) -> None:
+        self._catch_up()
+        if self.captured is not None and self.captured.stops is not None:
+            self._end(self.captured, [0] * self.batch)
+        super()._give_up()
+
+    def _settle(self) -> None:
+        self._catch_up()
+        super()._settle()
+
+    @torch.inference_mode(False)
+    def truncate(self, row: int, length: int) -> None:
+        self._catch_up()
+        if self.captured is not None and self.captured.stops is not None:
+            self._give_up()
+        if self.batch > 1:
+            self._settle()
+        super().truncate(row, length)
 
 
 class CapturedSteps:
@@ -34,6 +162,7 @@ class CapturedSteps:
         self.rows = torch.zeros(batch, 4, dtype=torch.int32, device=device)  # as `ScoredKeys` has them
         self.told: list[list[int]] = []  # what `rows` holds
         self.stops: list[int] | None = None  # slots in use with the token of the step under way
+        self.runs_ahead = False  # passes may have been launched that the host has not asked for one by one
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +174,7 @@ class CapturedSteps:
         cache = self.cache
         return cache.pools[cache.kind] is self.pool and cache.scores is self.scores and cache.held is self.held
 
-    def place(self, scored: bool, stops: Sequence[int]) -> Capture:
+    def capture(self, scored: bool, stops: Sequence[int]) -> Capture:
         """The next step: row b then has `stops[b]` slots in use. `scored`: the token before is still to be acted on."""
         cache = self.cache
         recent = [limit[1] if limit else 0 for limit in cache.limits]
@@ -55,7 +184,7 @@ class CapturedSteps:
         ]
         if told != self.told:  # rows that are full tell the same at every step
             self.rows.copy_(torch.tensor(told, dtype=torch.int32), non_blocking=True)
-        self.told, self.stops = told, list(stops)
+        self.told = told
         tensors = self.pool, self.scores, self.held, self.logits, self.lse, self.taken, self.rows
         together, decay = cache.policy.together, cache.policy.decay
         key = *(tensor.data_ptr() for tensor in tensors), self.pool.shape, self.pool.dtype, together, decay

@@ -14,6 +14,7 @@ from torch import Tensor
 from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.cache.stored import StoredLayer
 from fewer.kernels.attention import attention
+from fewer.kernels.causal import causal_attention, needs_no_mask
 from fewer.kernels.list_attention import attend_list, probabilities
 from fewer.kernels.tile_attention import EVERYTHING, Lambda, attend_tiles, column_sums
 from fewer.model.rope import Rotary
@@ -49,10 +50,12 @@ class ScoredLayer(StoredLayer):
             return self._attend_one(q, keys)
         if step.role == "prompt" and cache.policy.memory is None:
             return self._attend_and_score(q, keys, plan)
+        live = keys[:, :, : plan.stop], self.values[:, :, : plan.stop]
         if step.role == "prompt":
             self.next_tail = self._longer_tail(q)
-        live = slice(0, plan.stop)
-        return attention(q, keys[:, :, live], self.values[:, :, live], self.scale, plan.mask, plan.causal, self.softcap)
+            if not plan.causal and step.mask == "causal" and needs_no_mask(q.device):  # rows that differ in length
+                return attend_tiles(q, *live, self._start(plan), self._everything(q), self.scale, self.softcap)[0]
+        return attention(q, *live, self.scale, plan.mask, plan.causal, self.softcap)
 
     def turned_keys(self) -> Tensor:
         """Keys as queries meet them [B, Hk, capacity, D]: turned to their places in the cache where those count."""
@@ -85,15 +88,21 @@ class ScoredLayer(StoredLayer):
 
     def _attend_and_score(self, q: Tensor, keys: Tensor, plan: StepPlan) -> Tensor:
         """A chunk of a prompt of which every query counts: a second pass over its tiles sums the columns."""
-        cache, rule = self.owner, self._everything(q)
-        start = (
-            plan.start if plan.start is not None else torch.tensor(self.slots.counts, dtype=torch.int32).to(q.device)
-        )
+        cache, rule, start = self.owner, self._everything(q), self._start(plan)
         keys, values = keys[:, :, : plan.stop], self.values[:, :, : plan.stop]
-        out, lse = attend_tiles(q, keys, values, start, rule, self.scale, self.softcap)
+        if plan.causal and needs_no_mask(q.device):
+            out, lse = causal_attention(q, keys, values, self.scale, self.softcap)
+        else:
+            out, lse = attend_tiles(q, keys, values, start, rule, self.scale, self.softcap)
         weights = cache.weights_of(q.shape[2])
         self.received = self._by_key_head(column_sums(q, keys, lse, weights, start, rule, self.scale, self.softcap))
         return out
+
+    def _start(self, plan: StepPlan) -> int | Tensor:
+        """Where the step's first query stands among its row's slots: [B] int32 where rows differ."""
+        if plan.start is not None:
+            return plan.start
+        return torch.tensor(self.slots.counts, dtype=torch.int32, device=self.keys.device)
 
     def _longer_tail(self, q: Tensor) -> Tensor:
         """The tail with each row's new queries behind it and as many of the oldest gone."""

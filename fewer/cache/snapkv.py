@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from fewer.cache.eviction import Eviction
-from fewer.cache.scored import ScoredCache
+from fewer.cache.scored_capture import CapturedScoredCache
 from fewer.errors import UsageError
 from fewer.model.config import ModelConfig
 from fewer.registry import method
@@ -44,7 +44,7 @@ class SnapKVConfig:
 
 
 @method("snapkv", slot="cache", paper="2404.14469", lossless=False, config=SnapKVConfig)
-class SnapKVCache(ScoredCache):
+class SnapKVCache(CapturedScoredCache):
     """`budget` keys of the prompt for every key head, and every generated token."""
 
     slack = SLACK

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fewer.cache.eviction import Eviction, Mode
-from fewer.cache.scored import ScoredCache
+from fewer.cache.scored_capture import CapturedScoredCache
 from fewer.model.config import ModelConfig
 from fewer.registry import method
 
@@ -30,7 +30,7 @@ class TovaConfig:
 
 
 @method("tova", slot="cache", paper="2401.06104", lossless=False, config=TovaConfig)
-class TovaCache(ScoredCache):
+class TovaCache(CapturedScoredCache):
     """`budget` tokens a layer, chosen anew with every query among those that are left."""
 
     def __init__(

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewer.cache import head_pool, retrieval_pages, sink_ring, slot_map
+from fewer.cache import head_pool, retrieval_pages, scored_layer, sink_ring, slot_map
+from fewer.cache.a2sf import A2sfCache
 from fewer.cache.duo_attention import DuoAttentionCache, DuoAttentionConfig
 from fewer.cache.full import FullCache
+from fewer.cache.h2o import H2OCache
 from fewer.cache.hydragen import HydragenCache
 from fewer.cache.lserve import LServeCache, LServeConfig
 from fewer.cache.paged import PagedCache
 from fewer.cache.quest import QuestCache
+from fewer.cache.snapkv import SnapKVCache
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
 from fewer.model.step import Step
@@ -56,6 +59,9 @@ CACHES: dict[str, Make] = {
     "lserve": lserve(),
     "lserve, a wide window": lserve(prefill_window=400),
     "lserve, 4 bits": lserve(bits=4),
+    "a2sf": plain(A2sfCache),
+    "h2o": plain(H2OCache),
+    "snapkv": plain(SnapKVCache),
 }
 
 
@@ -67,7 +73,7 @@ def session_of(make: Make, batch: int = 1, chunk: int = 140) -> Session:
 
 
 def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (slot_map, head_pool, retrieval_pages, sink_ring):
+    for module in (slot_map, head_pool, retrieval_pages, scored_layer, sink_ring):
         monkeypatch.setattr(module, "needs_no_mask", lambda device: True)
 
 
@@ -114,6 +120,19 @@ def test_rows_of_unequal_starts_keep_their_masks(name: str, monkeypatch: pytest.
         # A number halfway between two codes may get either: with 4 bits, that shows.
         near = 0.1 if "bits" in name else 1e-4
         torch.testing.assert_close(found[row : row + 1], wanted, atol=near, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["a2sf", "h2o", "snapkv"])
+def test_caches_that_evict_by_scores_need_no_mask_for_rows_of_unequal_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, more, answers = [random_tokens(80), random_tokens(50)], [random_tokens(30), random_tokens(60)], []
+    for patch in (lambda _: None, no_masks_at_all):
+        patch(monkeypatch)
+        session = session_of(CACHES[name], 2)
+        session.prefill(prompts)
+        answers.append(torch.cat((session.prefill(more), session.decode([5, 6]))))
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "paged", "hydragen", "duo-attention"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -181,6 +182,20 @@ def test_rows_start_anew_behind_captured_steps(device: torch.device) -> None:
         session.prefill([random_tokens(12, 7, 40), random_tokens(2, 8, 40)])
     for token in range(2):
         assert_same_step(ours, theirs, [token] * 2)
+    assert_same_keys(ours, theirs)
+
+
+def test_running_ahead_keeps_only_what_was_taken(device: torch.device) -> None:
+    """A pass is launched before the token of the one in front is taken; a caller that stops leaves it uncommitted."""
+    ours, theirs = pair_of("a2sf", device)
+    texts = []
+    for session in (ours, theirs):
+        session.prefill([random_tokens(12, 1, 40)])
+        text = list(islice(session.greedy(3, 10), 2))  # the first one shrinks the prompt
+        assert session.lengths == [14]
+        text += list(session.greedy(text[-1], 2))
+        texts.append(text)
+    assert texts[0] == texts[1]
     assert_same_keys(ours, theirs)
 
 
