@@ -26,7 +26,7 @@ from fewer.kernels.shared_prefix import attend_prefix
 
 PAGE = 64
 SUFFIX = 16  # tokens of its own that a row brings
-STEPS, WARM_UP = 32, 4
+STEPS, WARM_UP = 32, 4  # the first ones are not counted
 LIMIT = 6.0  # seconds of decoding after which a case ends
 
 
@@ -105,7 +105,7 @@ def decoding(bench: Bench, way: str, batch: int, prefix: int) -> Results:
     runner = bench.runner(bench.config)
     runner.decoder.graphs.clear()
     bench.collect()
-    room = _steps(bench) + WARM_UP
+    room = _room(bench)
     token = shape_of(bench.config).token_bytes
     found: Results = {"batch": batch, "prefix": prefix, "copied_bytes": float(batch * (prefix + SUFFIX + room) * token)}
     try:
@@ -115,7 +115,7 @@ def decoding(bench: Bench, way: str, batch: int, prefix: int) -> Results:
         synchronize()
         found["prefill_seconds"] = time.perf_counter() - start
         found |= {"suffix": suffix, "once_bytes": float((prefix + batch * (suffix + room)) * token)}
-        found |= _decode(session, _steps(bench))
+        found |= _decode(bench, session)
         found["cache_bytes"] = session.cache.nbytes
         found["attention_seconds"] = steps.attention_alone(session, 3)
     except torch.OutOfMemoryError:
@@ -123,26 +123,27 @@ def decoding(bench: Bench, way: str, batch: int, prefix: int) -> Results:
     return found
 
 
-def _decode(session: Session, count: int) -> Results:
+def _decode(bench: Bench, session: Session) -> Results:
     """All rows feed their most likely tokens, as `generate` does."""
     decoder, batch = steps.decoder_of(session), len(session.lengths)
-    before = decoder.captured, decoder.refused
+    before, warm_up = (decoder.captured, decoder.refused), 1 if bench.tiny else WARM_UP
     tokens, taken = [0] * batch, []
     synchronize()
     begin = moment = time.perf_counter()
-    for _ in range(WARM_UP + count):
+    for _ in range(_room(bench)):
         tokens = session.decode(tokens).argmax(-1).tolist()
         taken.append(time.perf_counter() - moment)
         moment = time.perf_counter()
-        if len(taken) > WARM_UP + 2 and moment - begin > LIMIT:
+        if len(taken) > warm_up + 2 and moment - begin > LIMIT:
             break
-    seconds = statistics.median(taken[WARM_UP:])
+    seconds = statistics.median(taken[warm_up:])
     ran = {"captured": decoder.captured - before[0], "general": decoder.refused - before[1]}
-    return {"seconds": seconds, "steps": len(taken) - WARM_UP, "tokens_per_second": batch / seconds, "ran": ran}
+    return {"seconds": seconds, "steps": len(taken) - warm_up, "tokens_per_second": batch / seconds, "ran": ran}
 
 
-def _steps(bench: Bench) -> int:
-    return 2 if bench.tiny else STEPS
+def _room(bench: Bench) -> int:
+    """Tokens that are decoded in each row."""
+    return 2 if bench.tiny else STEPS + WARM_UP
 
 
 def _prompts(bench: Bench, batch: int, prefix: int, suffix: int) -> list[Tensor]:
@@ -160,7 +161,7 @@ def _session(bench: Bench, cache: object) -> Session:
 
 
 def _hydragen(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
-    capacity = prefix + SUFFIX + _steps(bench) + WARM_UP
+    capacity = prefix + SUFFIX + _room(bench)
     cache = HydragenCache(bench.config, batch, capacity, torch.bfloat16, bench.device)
     session = _session(bench, cache)
     session.prefill(_prompts(bench, batch, prefix, SUFFIX))  # type: ignore[arg-type]
@@ -170,7 +171,7 @@ def _hydragen(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
 def _paged(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
     """The prefix is computed and stored once, and read for every row. Rows bring one token of their own: a prompt's
     step of several would gather all pages in front of a mask, which is slower and is not what is measured."""
-    capacity = prefix + SUFFIX + _steps(bench) + WARM_UP
+    capacity = prefix + SUFFIX + _room(bench)
     cache = PagedCache(bench.config, batch, capacity, torch.bfloat16, bench.device)
     session = _session(bench, cache)
     session.prefill(_prompts(bench, batch, prefix, 1))  # type: ignore[arg-type]
@@ -179,7 +180,7 @@ def _paged(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
 
 def _full(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
     """Every row holds the prompt; its keys are computed once and copied."""
-    room, length = _steps(bench) + WARM_UP, prefix + SUFFIX
+    room, length = _room(bench), prefix + SUFFIX
     cache = FullCache(bench.config, batch, length + room, torch.bfloat16, bench.device)
     single = _session(bench, FullCache(bench.config, 1, length, torch.bfloat16, bench.device))
     single.prefill([_prompts(bench, 1, prefix, SUFFIX)[0]])  # type: ignore[list-item]
