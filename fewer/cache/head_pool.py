@@ -26,8 +26,6 @@ class HeadPool:
         self.slots, self.layers = slots, layers
         shape = 2, len(slots.counts), heads, slots.capacity, head_dim
         self.storage = torch.zeros(shape, dtype=dtype, device=slots.device)
-        self.places: Tensor | None = None  # [B, 3] int32 of the step under way, as `Share` has them; None: as positions
-        self._places: Tensor | None = None
         self.absent: Tensor | None = None  # [layers, B, capacity] slots of tokens that skipped a layer
 
     @property
@@ -127,26 +125,13 @@ class HeadPool:
             at = [slot] * len(at)
         return Place(slot, slot + len(at), [self._first(each) for each in at], self.slots.sinks)
 
-    def place_each(self, step: Step, committed: Sequence[int]) -> None:
-        """Place a token in every row behind its `committed` ones, where kernels store it; it stays tentative."""
+    def place_each(self, step: Step) -> list[list[int]]:
+        """Place a token in every row, which the caller stores; it stays tentative. Of each row: slots in use, the new
+        token's slot, the first one that it sees behind the sinks, and these."""
         self._make_room(1)
-        slots, counts = self.slots, self.slots.counts
+        slots = self.slots
         slots.place_each(step.positions)
-        if slots.window is None and counts == list(committed):
-            self.places = None
-            return
-        if self._places is None:
-            with torch.inference_mode(False):
-                self._places = torch.zeros(len(counts), 3, dtype=torch.int32, device=slots.device)
-        self.places = self._places
-        found = torch.tensor([[count, count, self._first(count)] for count in counts], dtype=torch.int32)
-        self._places.copy_(found, non_blocking=True)
-
-    @property
-    def address(self) -> tuple[object, ...]:
-        """Where kernels find the heads, and their places."""
-        places = None if self.places is None else self.places.data_ptr()
-        return self.storage.data_ptr(), self.storage.shape, self.storage.dtype, self.slots.sinks, places
+        return [[count, count, self._first(count), slots.sinks] for count in slots.counts]
 
     def commit(self, kept: Sequence[int | Sequence[int]]) -> None:
         self._move(self.slots.commit(kept))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewer.cache.head_homes import HeadHomes
 from fewer.cache.head_pool import HeadPool
 from fewer.cache.slot_map import SlotMap, StepPlan
 from fewer.kernels.attention import attention
-from fewer.kernels.new_tokens import NewTokens
 from fewer.kernels.sink_window import BLOCK, sink_window_attention
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
@@ -27,7 +27,6 @@ class Part:
     span: slice  # of the pool's heads
     key_heads: Tensor | None  # [n] int64 of the layer's; None: all of them
     query_heads: Tensor | None  # [n·G] int64
-    members: Tensor | None  # key_heads as kernels read them, int32
 
 
 class SplitLayer:
@@ -100,13 +99,12 @@ class SplitHeadCache:
                 self.pools.append(HeadPool(slots, heads, config.head_dim, config.layers, dtype))
                 _share_out(self.pools[-1], members, config.heads // config.kv_heads, parts)
         self.layers = [SplitLayer(self, index, own) for index, own in enumerate(parts)]
-        tables = [part.members for own in parts for part in own if part.members is not None]
-        self._members = [table.data_ptr() for table in tables]
         self.committed = [0] * batch
         self._tentative = 0  # width of a step that is not committed yet
         self._step: Step | None = None
         self._plans: dict[HeadPool, StepPlan] = {}
         self._layout: tuple[list[Tensor], Layout] | None = None  # with the tensors that it looks into
+        self._for_kernels: HeadHomes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -166,21 +164,15 @@ class SplitHeadCache:
     # ── CUDA's fast path ────────────────────────────────────────────────────────────────────────────────────────────
 
     def capture(self, step: Step) -> Capture | None:
-        """Place a token in every row, where slots are sinks and unbroken runs; a layer is one kernel for each part."""
+        """Place a token in every row, where slots are sinks and unbroken runs. A layer is one kernel."""
         if step.lengths is not None or any(pool.absent is not None for pool in self.pools):
             return None
         self._abandon()
-        for pool in self.pools:
-            pool.place_each(step, self.committed)
+        places = [pool.place_each(step) for pool in self.pools]
         self._tentative, self._step = 1, None
-        return Capture((*self._members, *(pool.address for pool in self.pools)), self._launch)
-
-    def _launch(self, layer: int, new: NewTokens) -> None:
-        from fewer.kernels.triton.attention_decode import Share, attend_new  # where there is a GPU, there is Triton
-
-        for part in self.layers[layer].parts:
-            keys, values = part.pool.storage[:, :, part.span]
-            attend_new(new, keys, values, Share(part.members, part.pool.places, part.pool.slots.sinks))
+        if self._for_kernels is None or not self._for_kernels.look_into(self.pools):
+            self._for_kernels = HeadHomes(self.pools, self._homes)
+        return self._for_kernels.capture(places)
 
     # ── the CPU's fast path: it reads where heads lie, and stores keys and values itself ────────────────────────────
 
@@ -227,8 +219,8 @@ def _share_out(pool: HeadPool, members: Tensor, group: int, parts: list[list[Par
         span = slice(first, first + len(heads))
         first = span.stop
         if len(heads) == len(of_layer):
-            own.append(Part(pool, span, None, None, None))
+            own.append(Part(pool, span, None, None))
             continue
         queries = (heads[:, None] * group + torch.arange(group)).flatten()
         device = pool.storage.device
-        own.append(Part(pool, span, heads.to(device), queries.to(device), heads.int().to(device)))
+        own.append(Part(pool, span, heads.to(device), queries.to(device)))

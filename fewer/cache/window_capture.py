@@ -10,12 +10,12 @@ from fewer.slots import Capture
 
 
 class WindowPlaces:
-    """Where each row's new token goes, and what it sees: `places` [B, 3] int32, as the kernel's `Share` has them."""
+    """Where each row's new token goes, and what it sees: `places` [1, B, 4] int32, as the kernel's `Share` has them."""
 
     def __init__(self, slots: SlotMap):
         self.slots = slots
         with torch.inference_mode(False):
-            self.places = torch.zeros(len(slots.counts), 3, dtype=torch.int32, device=slots.device)
+            self.places = torch.zeros(1, len(slots.counts), 4, dtype=torch.int32, device=slots.device)
 
     def capture(self, pool: Tensor) -> Capture:
         """For the next token of every row, behind its sinks and an unbroken run; pool [L, 2, B, Hk, capacity, D]."""
@@ -23,8 +23,8 @@ class WindowPlaces:
 
         sinks, window = self.slots.sinks, self.slots.window
         assert window is not None
-        told = [[count, count, max(0, count + 1 - window)] for count in self.slots.counts]
-        self.places.copy_(torch.tensor(told, dtype=torch.int32), non_blocking=True)
-        key = pool.data_ptr(), pool.shape, pool.dtype, self.places.data_ptr(), sinks
-        share = Share(places=self.places, sinks=sinks)
+        told = [[count, count, max(0, count + 1 - window), sinks] for count in self.slots.counts]
+        self.places.copy_(torch.tensor([told], dtype=torch.int32), non_blocking=True)
+        key = pool.data_ptr(), pool.shape, pool.dtype, self.places.data_ptr()
+        share = Share(self.places)
         return Capture(key, lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1], share))

@@ -41,9 +41,9 @@ def attention(
     if heads == kv_heads:
         return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     if queries == 1:  # the queries of a group become the rows of one product: keys are read once
-        grouped = q.view(batch, kv_heads, heads // kv_heads, head_dim)
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         out = functional.scaled_dot_product_attention(grouped, k, v, mask, scale=scale)
-        return out.view(batch, heads, 1, head_dim)
+        return out.reshape(batch, heads, 1, head_dim)
     return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 

@@ -263,7 +263,7 @@ def test_growth_of_the_cache_captures_a_new_graph(gpu: torch.device) -> None:
     config = config_of(**SMALL)
     runner = fast_runner(build(config, "dense", gpu))
     assert_same_steps(runner, general_runner(build(config, "dense", CPU)), 1, 200, 1e-4)
-    assert runner.cuda is not None and len(runner.cuda.passes) > 1
+    assert runner.cuda is not None and len(runner.cuda.graphs) > 1
 
 
 @pytest.mark.gpu

@@ -78,6 +78,6 @@ def test_a_rollback_and_a_row_that_waits_are_possible_in_between(device: torch.d
 def test_replays_in_bfloat16_stay_near_the_cpus_float32() -> None:
     ours, theirs = pair(1, torch.device("cuda"), torch.bfloat16)
     prompt = random_tokens(30, 1, 40)
-    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 0.05)
+    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 0.15)
     for step in range(40):
-        assert_close(ours.decode([step]), theirs.decode([step]), 0.05)
+        assert_close(ours.decode([step]), theirs.decode([step]), 0.15)

@@ -19,6 +19,7 @@ from fewer.kernels.triton.gemv import wait_for_previous
 from fewer.kernels.triton.matmul import multiply_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SHORTEST_RUN = tl.constexpr(512)  # slots that one program takes of a head with a home
 
 
 @triton.jit
@@ -141,44 +142,56 @@ def merge_parts(
 
 @triton.jit
 def decode_attention(
-    query, keys, values, lengths, places, members, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
-    scale, softcap, window, sinks, eps, stride_row, stride_head, stride_slot, batch, programs,
+    query, keys, values, lengths, places, homes, out, lse, part_out, part_lse, tickets, table, q_gain, k_gain,
+    scale, softcap, window, eps, stride_row, stride_head, stride_slot, batch, programs, shared,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, DIM: tl.constexpr,
     GROUP_P: tl.constexpr, HEADS_P: tl.constexpr, SPLITS: tl.constexpr, ROWS_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, MEMBERS: tl.constexpr,
+    STAGES: tl.constexpr, CHUNK: tl.constexpr, FUSED: tl.constexpr, PLACED: tl.constexpr, HOMES: tl.constexpr,
     QK_NORM: tl.constexpr, SOFTCAP: tl.constexpr, LSE: tl.constexpr, ON_CPU: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SPLITS, n, B). keys, values [B, n, capacity, HEAD_DIM], lengths [B] int32: cached tokens. The n heads are
-    all KV_HEADS, or with MEMBERS those that members [n] int32 names.
+    """Grid (SPLITS, KV_HEADS, B). keys, values [B, KV_HEADS, capacity, HEAD_DIM], lengths [B] int32: cached tokens.
 
     `query` is [B, HEADS, HEAD_DIM]; FUSED: [B, HEADS + 2·KV_HEADS, HEAD_DIM], before norm and rotation, and the new
     token takes slot lengths[b] and position lengths[b]. window > 0: only the last `window` tokens, the new one counted.
-    PLACED (and FUSED): places [B, 3] int32 has, for each row, how many slots are cached, the slot for the new token,
-    which may be one of them, and the first slot that is seen behind the `sinks` first ones.
-    part_out [B, n, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, n] int32, zero before and after.
+    PLACED (and FUSED): places [kinds, B, 4] int32 has, for each kind of heads and row, how many slots are cached, the
+    slot for the new token, which may be one of them, the first slot that is seen behind the sinks, and the sinks.
+    HOMES (and PLACED): heads lie in several stores. homes [KV_HEADS, 5] int64, in the order in which programs start:
+    key head, elements from `keys` and from `values` to its first slot, from a row to the next, kind. Programs share the
+    work on the `shared` first ones, which are long; of the others nobody takes less than SHORTEST_RUN slots.
+    part_out [B, KV_HEADS, SPLITS, GROUP, DIM] float32, part_lse without DIM; tickets [B, KV_HEADS] int32, zero before
+    and after.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     split, member, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    count = tl.num_programs(1)
     kv_head = member
-    if MEMBERS:
-        kv_head = tl.load(members + member)
+    to_keys = row.to(tl.int64) * stride_row + member.to(tl.int64) * stride_head
+    to_values = to_keys
+    if HOMES:
+        home = homes + 5 * member
+        kv_head = tl.load(home).to(tl.int32)
+        to_row = row * tl.load(home + 3)
+        to_keys, to_values = tl.load(home + 1) + to_row, tl.load(home + 2) + to_row
+        places += tl.load(home + 4) * (4 * batch)
+        if HEAD_DIM % 16 == 0:  # as every row of a store: loads may be wide
+            to_keys, to_values = tl.multiple_of(to_keys, 16), tl.multiple_of(to_values, 16)
     position = tl.load(lengths + row)
-    length, taken, low = position, position, 0
+    length, taken, low, sinks = position, position, 0, 0
     if PLACED:
-        length, taken = tl.load(places + 3 * row), tl.load(places + 3 * row + 1)
-        low = tl.load(places + 3 * row + 2)
+        length, taken = tl.load(places + 4 * row), tl.load(places + 4 * row + 1)
+        low, sinks = tl.load(places + 4 * row + 2), tl.load(places + 4 * row + 3)
     first = 0
     if window > 0:
         first = tl.maximum(0, length + (1 if FUSED else 0) - window)
     run = tl.cdiv(length - first, SPLITS)
     if ROWS_P > 1:  # rows of unequal lengths: about `programs` runs of one length over all rows
         rows = tl.arange(0, ROWS_P)
-        cached = tl.load(places + 3 * rows if PLACED else lengths + rows, mask=rows < batch, other=0)
+        cached = tl.load(places + 4 * rows if PLACED else lengths + rows, mask=rows < batch, other=0)
         if window > 0:
             cached = tl.minimum(cached, window)
-        run = tl.maximum(run, tl.cdiv(tl.sum(cached, 0) * count, programs))
+        run = tl.maximum(run, tl.cdiv(tl.sum(cached, 0) * shared, programs))
+    if HOMES:
+        run = tl.maximum(run, SHORTEST_RUN)
     run = tl.cdiv(run, BLOCK_S) * BLOCK_S
     active = tl.maximum(1, tl.cdiv(length - first, tl.maximum(run, 1)))
     if split < active:
@@ -186,14 +199,13 @@ def decode_attention(
         head = tl.arange(0, TIMES * GROUP_P)
         channel = tl.arange(0, DIM)
         held = channel < HEAD_DIM
-        plane = row.to(tl.int64) * stride_row + member.to(tl.int64) * stride_head
         begin = first + split * run
         end = tl.minimum(begin + run, length)
         # What earlier passes cached needs no waiting: only the query and the new token come from the kernel in front.
         AHEAD: tl.constexpr = BLOCK_S if STAGES == 1 else 0  # a loop that fetches ahead gains nothing from it
         if AHEAD:
-            key = block_of(keys + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
-            value = block_of(values + plane, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            key = block_of(keys + to_keys, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            value = block_of(values + to_values, begin, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
         ROTATE: tl.constexpr = FUSED and ROTARY_DIM > 0
         cosine, sine = scale, scale
         if ROTATE:
@@ -223,8 +235,8 @@ def decode_attention(
                     PLACED, SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
                 )  # fmt: skip
         for start in tl.range(begin + AHEAD, end, BLOCK_S, num_stages=STAGES):
-            following = block_of(keys + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
-            and_values = block_of(values + plane, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            following = block_of(keys + to_keys, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
+            and_values = block_of(values + to_values, start, end, stride_slot, HEAD_DIM, DIM, BLOCK_S)
             top, sums, result = attend_block(
                 matched, following, and_values, start, end, sinks, low, taken, scale, softcap, top, sums, result,
                 PLACED, SOFTCAP, BLOCK_S, ON_CPU, PRECISION,
@@ -232,9 +244,9 @@ def decode_attention(
         total = tl.sum(sums, 0)
         if FUSED:  # noqa: SIM102 (known when compiled; the other is not)
             if split == 0:
-                slot = plane + taken.to(tl.int64) * stride_slot + channel
-                tl.store(keys + slot[None, :], k_new, mask=held[None, :])
-                tl.store(values + slot, v_new, mask=held)
+                slot = taken.to(tl.int64) * stride_slot + channel
+                tl.store(keys + to_keys + slot[None, :], k_new, mask=held[None, :])
+                tl.store(values + to_values + slot, v_new, mask=held)
                 score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1)
                 score = cap(score * scale, softcap, SOFTCAP) * LOG2_E
                 score = tl.reshape(tl.broadcast_to(score[None, :], [TIMES, GROUP_P]), [TIMES * GROUP_P])
@@ -253,7 +265,7 @@ def decode_attention(
             if LSE:
                 tl.store(lse + first_head + head, logsum / LOG2_E, mask=head < GROUP)
         else:
-            pair = row * count + member
+            pair = row * KV_HEADS + member
             at = (pair * SPLITS + split) * GROUP + head
             tl.store(part_out + at[None, :] * DIM + channel[:, None], result, mask=stored)
             tl.store(part_lse + at, logsum, mask=head < GROUP)

@@ -72,59 +72,70 @@ def tiling_for(batch: int, kv_heads: int, longest: int, multiprocessors: int) ->
 
 
 class Share(NamedTuple):
-    """Heads of a layer that lie apart from the others, and where their rows' tokens are.
+    """Heads whose slots are no positions, or that lie in several stores: `places` and `homes` of `decode_attention`."""
 
-    places [B, 3] int32: slots in use, the slot of the new token, the first one that is seen behind the `sinks` first.
-    Without it slots are positions.
-    """
-
-    members: Tensor | None = None  # [n] int32: which of the layer's key heads; None: all
-    places: Tensor | None = None
-    sinks: int = 0
+    places: Tensor  # [kinds, B, 4] int32
+    homes: Tensor | None = None  # [Hk, 5] int64; None: one kind, all in `keys` and `values`
+    long: int = 0  # of the heads with a home, how many are long: these come first
 
 
 def launch(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, out: Tensor, lse: Tensor | None, scratch: Scratch,
     tiling: Tiling, heads: int, scale: float, window: int | None = None, softcap: float | None = None,
-    fusion: Fusion | None = None, pdl: bool = False, share: Share | None = None, kv_heads: int | None = None,
+    fusion: Fusion | None = None, pdl: bool = False, share: Share | None = None,
 ) -> None:  # fmt: skip
     """Attention of one query a row (with `fusion`: rotation, the cache's new entry, and attention to it) -> out.
 
-    `share`: keys are those of some of a layer's `kv_heads` key heads, and only their query heads' output is written.
+    With homes in `share`, keys and values [B, .., capacity, D] are where offsets count from.
     """
-    batch, members, _, head_dim = keys.shape
-    kv_heads, share = kv_heads or members, share or Share()
-    places, chosen, sinks = share.places, share.members, share.sinks
+    batch, kv_heads, _, head_dim = keys.shape
+    places = homes = None
+    if share is not None:
+        places, homes = share.places, share.homes
+        kv_heads = kv_heads if homes is None else len(homes)
     table = None if fusion is None else fusion.table
     q_gain = None if fusion is None else fusion.q_gain
     k_gain = None if fusion is None else fusion.k_gain
     rotary_dim = 0 if fusion is None or table is None else fusion.rotary_dim
     on_cpu = query.device.type == "cpu"
     options: dict[str, object] = {"launch_pdl": True} if pdl else {}
-    decode_attention[(tiling.splits, members, batch)](
-        query, keys, values, lengths, lengths if places is None else places, lengths if chosen is None else chosen,
+    decode_attention[(tiling.splits, kv_heads, batch)](
+        query, keys, values, lengths, lengths if places is None else places, lengths if homes is None else homes,
         out, out if lse is None else lse, scratch.out, scratch.lse, scratch.tickets,
         scratch.lse if table is None else table, scratch.lse if q_gain is None else q_gain,
-        scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0, sinks,
+        scratch.lse if k_gain is None else k_gain, scale, softcap or 0.0, window or 0,
         0.0 if fusion is None else fusion.eps, keys.stride(0), keys.stride(1), keys.stride(2), batch, tiling.programs,
+        kv_heads if share is None or homes is None else share.long,
         heads, kv_heads, head_dim, rotary_dim, _width(head_dim), _power(heads // kv_heads), tiling.heads,
         tiling.splits, _power(batch) if tiling.splits > 1 else 1, tiling.slots, tiling.stages,
         max(1, 8192 // (_width(head_dim) * _power(heads // kv_heads))), fusion is not None,
-        places is not None, chosen is not None, q_gain is not None,
+        places is not None, homes is not None, q_gain is not None,
         bool(softcap), lse is not None, on_cpu, "ieee" if keys.dtype == torch.float32 else "tf32", pdl,
         num_warps=tiling.warps, **options,
     )  # fmt: skip
 
 
 def attend_new(new: NewTokens, keys: Tensor, values: Tensor, share: Share | None = None) -> None:
-    """Store and attend: keys, values [B, n, capacity, D] of a layer's key heads, or of those in `share`."""
-    batch, members, capacity, head_dim = keys.shape
-    tiling = tiling_for(batch, members, capacity, processors(keys.device))
-    scratch = Scratch.take(new.workspace, batch, members, tiling.splits, new.heads // new.kv_heads, head_dim)
+    """Store and attend: keys, values [B, Hk, capacity, D] of a layer; with homes, of the store whose heads are long."""
+    batch, kv_heads, capacity, head_dim = keys.shape
+    multiprocessors = processors(keys.device)
+    if share is not None and share.homes is not None:
+        kv_heads = new.kv_heads
+        tiling = tiling_beside(batch, share.long, kv_heads - share.long, capacity, multiprocessors)
+    else:
+        tiling = tiling_for(batch, kv_heads, capacity, multiprocessors)
+    scratch = Scratch.take(new.workspace, batch, kv_heads, tiling.splits, new.heads // new.kv_heads, head_dim)
     launch(
         new.projected, keys, values, new.positions, new.out, None, scratch, tiling, new.heads, new.scale, None,
-        new.softcap, new.fusion, new.pdl, share, new.kv_heads,
+        new.softcap, new.fusion, new.pdl, share,
     )  # fmt: skip
+
+
+def tiling_beside(batch: int, long: int, short: int, longest: int, multiprocessors: int) -> Tiling:
+    """For `long` heads beside `short` ones that one program each can do: together they are one wave."""
+    if not long:
+        return tiling_for(batch, short, longest, multiprocessors)
+    return tiling_for(batch, long, longest, max(long, multiprocessors - (short if batch == 1 else 0)))
 
 
 def attention_decode(

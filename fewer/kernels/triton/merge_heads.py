@@ -38,7 +38,7 @@ def merge_heads(
     for part in tl.static_range(PARTS):
         logsum = tl.load(lse + part * heads + head, mask=real, other=float("-inf"))
         weight = tl.exp2((logsum - base) * LOG2_E)
-        tile = tl.load(parts + heads.to(tl.int64) * (part * HEAD_DIM) + place, mask=held, other=0.0)
+        tile = tl.load(parts + heads * (part * HEAD_DIM) + place, mask=held, other=0.0)
         result += tl.where(weight[:, None] > 0, tile * weight[:, None], 0.0)  # what weighs nothing may hold anything
         total += weight
     result *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
