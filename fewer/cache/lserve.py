@@ -182,9 +182,10 @@ class LServeCache:
 
     @property
     def physical_lengths(self) -> list[int]:
-        return [
-            max(len(self.positions(row, layer)) for layer in range(len(self.layers))) for row in range(len(self.counts))
-        ]
+        if any(layer.parts[0] is not None for layer in self.layers):  # asked for in every step: no tensors here
+            return list(self.counts)
+        widest = max(layer.ring.sinks + layer.ring.window for layer in self.layers)
+        return [min(count, widest) for count in self.counts]
 
     def positions(self, row: int, layer: int = 0) -> Tensor:
         """Of a layer with heads of both kinds: those of its retrieval heads."""
