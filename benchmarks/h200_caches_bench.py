@@ -19,6 +19,7 @@ from fewer.cache.full import FullCache
 from fewer.cache.selected import SelectedCache
 from fewer.cache.stored import StoredCache
 from fewer.engine.session import Session
+from fewer.kernels.causal import FEWEST_HEADS, causal_attention
 from fewer.model.config import ModelConfig
 
 LLAMA_2_7B = ModelConfig(
@@ -125,7 +126,16 @@ class Bench:
     def warm_up(self, kind: Kind, context: int, config: ModelConfig) -> None:
         """Two chunks through a cache of the same kind: kernels are compiled, and libraries have chosen theirs."""
         session = self.session(kind, context, config)
-        session.prefill([self.prompt(min(context, 2 * session.runner.chunk), config)])  # type: ignore[list-item]
+        chunk = session.runner.chunk
+        session.prefill([self.prompt(min(context, 2 * chunk), config)])  # type: ignore[list-item]
+        if self.device.type == "cuda" and context % chunk == 0:  # cuDNN makes a plan for every power of two of chunks
+            shape = 1, config.heads // config.kv_heads, chunk, config.head_dim
+            q = torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+            heads = max(1, FEWEST_HEADS // shape[1])
+            k = torch.zeros(1, heads, context, config.head_dim, dtype=torch.bfloat16, device=self.device)
+            for tokens in range(chunk, context + 1, chunk):
+                if tokens in (chunk, context) or not tokens & (tokens - 1):
+                    causal_attention(q.expand(1, heads * shape[1], -1, -1), k[:, :, :tokens], k[:, :, :tokens], 1.0)
 
     def decoding(self, kind: Kind, session: Session, context: int) -> Results:
         """Steps of a session that has read its prompt."""

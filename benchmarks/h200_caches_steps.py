@@ -176,8 +176,7 @@ def decode(session: Session, token: int, warm_up: int, steps: int, interval: int
 
 def new_tokens(decoder: CudaDecoder, lengths: Sequence[int]) -> list[NewTokens]:
     """Every layer's input to its attention, over the decoder's own buffers, which a pass has filled before."""
-    config, work = decoder.config, decoder._buffers(len(lengths))
-    decoder._feed(work, [0] * len(lengths), lengths)
+    config, work = decoder.config, decoder.feed([0] * len(lengths), lengths)
     return [
         NewTokens(
             work.projected, work.inputs[1], work.attended, config.heads, config.kv_heads, config.scale,
@@ -231,8 +230,7 @@ def attention(session: Session, interval: int) -> Results | None:
 def products_alone(runner: ClockedRunner, batch: int = 1) -> float:
     """Seconds of a pass whose attention is left out, in a graph."""
     decoder = runner.decoder
-    work = decoder._buffers(batch)
-    decoder._feed(work, [0] * batch, [0] * batch)
+    work = decoder.feed([0] * batch, [0] * batch)
     work.attended.zero_()
     nothing = Capture("nothing", lambda layer, new: None)
     fusions = decoder._fusions(1)

@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fewer.engine.run_ahead import run_ahead, run_along
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.triton.ends import TopScratch, embed, most_likely
@@ -27,7 +28,7 @@ from fewer.model.feed_forward import FeedForward
 from fewer.model.linear import Linear
 from fewer.model.step import Step
 from fewer.model.transformer import Layer, Transformer
-from fewer.slots import Ahead, AheadCache, Capture, CapturedCache, ContiguousCache
+from fewer.slots import Ahead, AheadCache, Capture, CapturedCache, ContiguousCache, KVCache
 
 MOST_ROWS = 2048  # of a batch: beyond them a launch is short beside its work
 SHORTEST_TABLE = 4096  # positions of the rotary table, which grows in powers of two
@@ -69,7 +70,7 @@ def _fits(layer: Layer) -> bool:
 
 
 @dataclass(slots=True)
-class _Buffers:
+class Buffers:
     """What the passes over B rows work on."""
 
     inputs: Tensor  # [2, B] int32: tokens, lengths
@@ -98,7 +99,7 @@ class CudaDecoder:
             pdl = self.on_gpu and torch.cuda.get_device_capability(model.device) >= (9, 0)
         self.pdl = pdl
         self.workspace = Workspace(model.device)
-        self.buffers: dict[int, _Buffers] = {}  # by rows
+        self.buffers: dict[int, Buffers] = {}  # by rows
         # A graph does not keep its cache alive: it is replayed only when tensors of the same shapes lie where its
         # cache's lay.
         self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
@@ -128,52 +129,30 @@ class CudaDecoder:
 
         Keys and values go where `capture` puts them; the caller commits them.
         """
-        work = self._buffers(len(tokens))
-        self._feed(work, tokens, lengths)
-        self._pass(work, capture, max(lengths) + 1)
+        work = self.feed(tokens, lengths)
+        self.launch(work, capture, max(lengths) + 1)
         return work.logits
 
     def is_finite(self, batch: int) -> bool:
         """Whether the last pass over `batch` rows gave finite logits. Waits for it."""
         return all(math.isfinite(top) for top in _tops(self.buffers[batch].report))
 
-    def greedy(self, token: int, position: int, cache: ContiguousCache, count: int) -> Iterator[int]:
-        """Feed `token` at `position`, then each most likely token: yields `count` of them, the last one not fed. The
-        cache's `ahead` has room for them.
-
-        The GPU never waits for the host: a pass begins before the token of the one in front has arrived, since its
-        inputs are already there. Only what is yielded is committed. Ends early when logits are not finite.
-        """
-        work = self._buffers(1)
-        self._feed(work, [token], [position])
+    def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
+        """Feed `token` at `position` to a single row, then each most likely token: yields `count` of them, the last one
+        not fed; fewer where the cache has no way of its own for the next, or where logits are not finite (or raises
+        NotFinite). `ahead` has room for them."""
         ahead = self.ahead(cache)
-        assert ahead is not None
-        reports = [torch.empty_like(work.report, device="cpu", pin_memory=self.on_gpu) for _ in range(2)]
-        arrived = [torch.cuda.Event() if self.on_gpu else None for _ in range(2)]
+        if ahead is None:
+            return run_along(self, token, position, cache, count)
+        return run_ahead(self, token, position, cast(ContiguousCache, cache), ahead, count)
 
-        def launch(index: int) -> None:
-            self._pass(work, ahead.capture, position + count)
-            reports[index % 2].copy_(work.report, non_blocking=True)
-            event = arrived[index % 2]
-            if event is not None:
-                event.record()
-
-        launch(0)
-        for index in range(count):
-            if index + 1 < count:
-                launch(index + 1)
-            event = arrived[index % 2]
-            if event is not None:
-                event.synchronize()
-            if not all(math.isfinite(top) for top in _tops(reports[index % 2])):
-                return
-            cache.advance_one(position + index)
-            yield int(reports[index % 2][0, 0])
-
-    def _feed(self, work: _Buffers, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+    def feed(self, tokens: Sequence[int], lengths: Sequence[int]) -> Buffers:
+        """tokens [B] at positions `lengths` [B], for the next pass."""
+        work = self._buffers(len(tokens))
         work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
+        return work
 
-    def _pass(self, work: _Buffers, capture: Capture, positions: int) -> None:
+    def launch(self, work: Buffers, capture: Capture, positions: int) -> None:
         """One pass over what `work.inputs` holds, at positions below `positions`: the first one of its kind is run
         launch by launch and recorded, the others are replayed."""
         fusions = self._fusions(positions)
@@ -197,14 +176,14 @@ class CudaDecoder:
         with torch.cuda.graph(self.graphs[key]):
             self.forward(work, capture, fusions)
 
-    def _buffers(self, batch: int) -> _Buffers:
+    def _buffers(self, batch: int) -> Buffers:
         if batch not in self.buffers:
             config, model, device = self.config, self.model, self.model.device
 
             def empty(width: int, dtype: torch.dtype = model.dtype) -> Tensor:
                 return torch.empty(batch, width, dtype=dtype, device=device)
 
-            self.buffers[batch] = _Buffers(
+            self.buffers[batch] = Buffers(
                 inputs=torch.zeros(2, batch, dtype=torch.int32, device=device),
                 residual=empty(config.hidden_size, model.residual_dtype),
                 projected=empty((config.heads + 2 * config.kv_heads) * config.head_dim),
@@ -235,7 +214,7 @@ class CudaDecoder:
             eps=self.config.norm_eps,
         )
 
-    def forward(self, work: _Buffers, capture: Capture, fusions: list[Fusion]) -> None:
+    def forward(self, work: Buffers, capture: Capture, fusions: list[Fusion]) -> None:
         """Every launch of one pass, in order. Leaves `inputs` ready for the next."""
         model, config = self.model, self.config
         tokens, lengths = work.inputs[0], work.inputs[1]
@@ -255,7 +234,7 @@ class CudaDecoder:
             work.logits.div_(config.logit_softcap).tanh_().mul_(config.logit_softcap)
         most_likely(work.logits, work.inputs, work.report, work.top, self.pdl)  # and what the next pass is fed
 
-    def _layer(self, index: int, layer: Layer, capture: Capture, new: NewTokens, work: _Buffers) -> None:
+    def _layer(self, index: int, layer: Layer, capture: Capture, new: NewTokens, work: Buffers) -> None:
         block = layer.feed_forward
         assert isinstance(block, FeedForward)
         self._multiply(work.residual, layer.attention.qkv, work.projected, layer.attention_norm)

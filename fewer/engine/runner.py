@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fewer.engine.collector import CollectorPause
 from fewer.engine.native import NativeDecoder
 from fewer.engine.native import supports as native_supports
+from fewer.engine.run_ahead import NotFinite
 from fewer.engine.single_token import SingleToken
 from fewer.engine.single_token import supports as scripted_supports
 from fewer.engine.threads import Governor
@@ -20,7 +22,7 @@ from fewer.errors import NumericalError, UsageError
 from fewer.kernels.native import Unavailable, library
 from fewer.model.step import Output, Step
 from fewer.model.transformer import Transformer
-from fewer.slots import Capture, ContiguousCache, KVCache
+from fewer.slots import Capture, CapturedCache, ContiguousCache, CorrectedCache, KVCache
 
 if TYPE_CHECKING:
     from fewer.engine.cuda import CudaDecoder
@@ -88,13 +90,14 @@ class Runner:
         """How many tokens `greedy` may take over this cache; None: as many as fit."""
         if self.cuda is not None:
             ahead = self.cuda.ahead(cache)
-            return 0 if ahead is None else ahead.room
+            return None if ahead is None else ahead.room
         return 0 if self.single is None else self.single.room(cache)
 
     def has_fast_path(self, cache: KVCache) -> bool:
         """Whether `greedy` can run over this cache of one row."""
         if self.cuda is not None:
-            return self.cuda.ahead(cache) is not None
+            corrected = isinstance(cache, CorrectedCache) and cache.before_due(0) is not None
+            return self.cuda.ahead(cache) is not None or (isinstance(cache, CapturedCache) and not corrected)
         return self.single is not None and self.single.accepts(cache)
 
     @torch.inference_mode()
@@ -103,16 +106,25 @@ class Runner:
         cache must have (contiguous) room for `count` more, and `has_fast_path` hold. Raises NumericalError."""
         end = position + count
         if self.cuda is not None:
-            tokens = self.cuda.greedy(token, position, cast(ContiguousCache, cache), count)
+            tokens = self._greedy_on_cuda(self.cuda, token, position, cache, count)
         else:
             tokens = self._greedy_on_cpu(token, position, cache, count)
         for following in tokens:
             position, token = position + 1, following
             yield following
-        while position < end:  # not finite: the general path names the layer, unless its rounding is luckier
+        while position < end:  # the general path's turn; where logits are not finite it names the layer
             token = int(self.decode_one(token, position, cache).argmax())
             position += 1
             yield token
+
+    def _greedy_on_cuda(
+        self, decoder: CudaDecoder, token: int, position: int, cache: KVCache, count: int
+    ) -> Iterator[int]:
+        try:
+            yield from decoder.greedy(token, position, cache, count)
+        except NotFinite as fault:
+            tokens = None if fault.step.tokens is None else fault.step.tokens.to(self.device)
+            self._explain(replace(fault.step, tokens=tokens), cache)
 
     def _greedy_on_cpu(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Ends early when logits are not finite; what that step cached is taken back."""

@@ -3,8 +3,9 @@
 T queries are the last of S keys: query t sees keys 0..S-T+t, a triangle that ends at the bottom right. A mask of T x S
 would cost gigabytes for a chunk of a long prompt, and the kernels that take one are slow. The ways on CUDA:
 
-- `cudnn`: cuDNN's kernel, made for Hopper. Its triangles begin at the top left and it makes a plan for every shape. So
-  the keys before the chunk are read without a mask, in runs of T·2^k, then the chunk's square, and parts are merged.
+- `cudnn`: cuDNN's kernel, made for Hopper. Its triangles begin at the top left, and for every shape and stride it takes
+  half a second to make a plan. So the keys before the chunk are read without a mask, in runs of T·2^k, then the chunk's
+  square, and parts are merged; and a call serves few heads, whatever cache they are in.
 - `flash`: PyTorch's FlashAttention-2, whose triangle ends at the bottom right.
 - `triton`: our kernel over kept tiles, with windows that hold everything. It takes every type, and caps scores.
 
@@ -32,6 +33,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Part]  # q, k, v, scale
 HALVES = (torch.bfloat16, torch.float16)
 LONG = 32_768  # keys from which on cuDNN's plans are worth making
 PLANNED = 1024  # queries come in multiples of this, or there would be a plan for every length of a prompt
+FEWEST_HEADS = 4  # query heads that fill a GPU with a chunk of 8,192 tokens
 TOLERANCE = 0.02  # of 16-bit outputs and their log-sum-exp, about 1 in size
 
 
@@ -133,5 +135,22 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Part:
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    return found[0], found[1].view(q.shape[:3])  # some versions give [B, H, T, 1]
+    """The fewest heads at a time that fill the GPU with a chunk of a prompt."""
+    call = torch.ops.aten._scaled_dot_product_cudnn_attention
+    (batch, heads, queries, _), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
+    together = max(1, FEWEST_HEADS // group)
+    rows: list[Part] = []
+    for row in range(batch):
+        outs, lses = [], []
+        for first in range(0, kv_heads, together):
+            some = slice(first, min(kv_heads, first + together))
+            query = q[row, some.start * group : some.stop * group].contiguous()[None]
+            key, value = (
+                part[row, some].flatten(0, 1)[None, None] if together == 1 else part[row, some][None] for part in (k, v)
+            )
+            found = call(query, key, value, None, True, 0.0, causal, False, scale=scale)
+            outs.append(found[0])
+            lses.append(found[1].view(1, -1, queries))  # some versions give [1, H, T, 1]
+        rows.append((torch.cat(outs, dim=1), torch.cat(lses, dim=1)))
+    return rows[0] if batch == 1 else (torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows]))

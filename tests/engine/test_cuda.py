@@ -188,9 +188,8 @@ def test_graph_replay_equals_the_eager_pass(kind: str, batch: int, gpu: torch.de
         for _ in range(2):  # the first call captures, the second only replays
             replayed = decoder.run([7] * batch, session.lengths, capture).clone()
         assert len(decoder.graphs) == 1
-        work = decoder.buffers[batch]
+        work = decoder.feed([7] * batch, session.lengths)  # a pass leaves its successor's inputs behind
         work.logits.zero_()
-        decoder._feed(work, [7] * batch, session.lengths)  # a pass leaves its successor's inputs behind
         decoder.forward(work, capture, decoder.fusions)
         assert torch.equal(work.logits, replayed)
 

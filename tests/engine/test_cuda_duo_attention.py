@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fewer.cache.slot_map import SlotMap
 from fewer.cache.split_heads import SplitHeadCache
 from fewer.engine.runner import Runner
 from fewer.engine.session import Session
+from fewer.errors import NumericalError
 from fewer.model.config import ModelConfig
 from tests.engine.test_cuda import CPU, SMALL, build, fast_runner, general_runner
 from tests.random_model import config_of, random_tokens
@@ -81,3 +83,28 @@ def test_replays_in_bfloat16_stay_near_the_cpus_float32() -> None:
     assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 0.15)
     for step in range(40):
         assert_close(ours.decode([step]), theirs.decode([step]), 0.15)
+
+
+def test_greedy_decoding_goes_along_with_the_host(device: torch.device) -> None:
+    """The host commits and places while a pass runs; who stops early leaves a session that can go on."""
+    ours, single = (session(fast_runner(build(CONFIG, "dense", device)), 1) for _ in range(2))
+    for each in (ours, single):
+        each.prefill([[1, 2, 3, 4, 5]])
+    token, wanted = 6, []
+    for _ in range(9):
+        token = int(single.decode([token])[0].argmax())
+        wanted.append(token)
+    found = list(islice(ours.greedy(6, 100), 4))
+    assert ours.lengths == [9]
+    found += list(ours.greedy(found[-1], 5))
+    assert found == wanted
+    assert ours.lengths == single.lengths == [14]
+
+
+def test_greedy_decoding_names_the_layer_that_is_not_finite(device: torch.device) -> None:
+    model = build(CONFIG, "dense", device)
+    damaged = model.layers[1].feed_forward_norm
+    assert damaged is not None
+    damaged[0] = float("nan")
+    with pytest.raises(NumericalError, match="first in layer 1"):
+        list(session(fast_runner(model), 1).greedy(5, 3))
