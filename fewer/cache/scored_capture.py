@@ -58,7 +58,9 @@ class CapturedScoredCache(ScoredCache):
         captured = self.captured
         if captured is None or not captured.is_current:
             captured = self.captured = CapturedSteps(self)
-        self.placed, self._step, self._tentative, self.unsettled = step, None, 0, None
+        elif not pending:
+            captured.taken.fill_(-1)  # steps between may have used the slots
+        self.placed, self._step, self._tentative = step, None, 0
         captured.stops = self._stops(pending)
         return captured.capture(pending, captured.stops)
 
@@ -76,6 +78,18 @@ class CapturedScoredCache(ScoredCache):
         """Commit the token of a pass that ran ahead; the slot is of no use, since every head has its own."""
         self.committed[0] += 1
         return self.slots.counts[0] - 1
+
+    def positions(self, row: int, layer: int = 0, head: int = 0) -> Tensor:
+        captured, order = self.captured, layer  # all layers are scored where steps are captured
+        if captured is None or captured.stops is None:
+            return super().positions(row, layer, head)
+        held, gone = self.held[order, row, head, : self.slots.counts[row]], -1  # the step under way stays as it is
+        if self._is_full(row) and captured.newest() >= self.committed[0]:
+            gone = int(captured.taken[order, row, head])
+        elif self._is_full(row):
+            before, self.scores = self.scores, self.scores * self.policy.decay + captured.received()
+            gone, self.scores = int(self._lowest()[order, row, head]), before
+        return torch.cat((held[:gone], held[gone + 1 :]) if gone >= 0 else (held,)).long().sort().values
 
     @property
     def _is_pending(self) -> bool:
@@ -100,6 +114,7 @@ class CapturedScoredCache(ScoredCache):
         if self.policy.while_generating and all(added):
             self.unsettled = captured.received
         elif self.policy.while_generating:
+            self.unsettled = None
             self._add_to_scores(captured.received(), added)
             self._evict_one()
 
@@ -118,20 +133,19 @@ class CapturedScoredCache(ScoredCache):
                 self._clear(self.slots, row, stop - 1, stop)
 
     def _catch_up(self) -> None:
-        """Passes that ran ahead may have gone one further than what was committed: the newest key says so."""
+        """No more of the passes that were placed, or that ran ahead, is committed. The last one was launched or not."""
         captured = self.captured
-        if captured is None or not captured.runs_ahead:
+        if captured is None or (captured.stops is None and not captured.runs_ahead):
             return
-        captured.runs_ahead = False
-        newest = captured.held[0, 0, 0, captured.taken[0, 0, 0].long()]
-        if int(newest) >= self.committed[0]:
-            captured.stops, self.unsettled = list(self.slots.counts), None
-            self._end(captured, [0])
+        if captured.newest() >= self.committed[0]:
+            captured.stops = captured.stops or list(self.slots.counts)
+            self.unsettled = None  # the pass has acted on it
+            self._end(captured, [0] * self.batch)
+            captured.taken.fill_(-1)
+        self.placed, captured.stops, captured.runs_ahead = None, None, False
 
     def _give_up(self) -> None:
         self._catch_up()
-        if self.captured is not None and self.captured.stops is not None:
-            self._end(self.captured, [0] * self.batch)
         super()._give_up()
 
     def _settle(self) -> None:
@@ -141,8 +155,6 @@ class CapturedScoredCache(ScoredCache):
     @torch.inference_mode(False)
     def truncate(self, row: int, length: int) -> None:
         self._catch_up()
-        if self.captured is not None and self.captured.stops is not None:
-            self._give_up()
         if self.batch > 1:
             self._settle()
         super().truncate(row, length)
@@ -158,7 +170,7 @@ class CapturedSteps:
         seen = capacity if cache.policy.while_generating else 0
         self.logits = torch.zeros(layers, batch, cache.config.heads, seen, device=device)  # of the newest token
         self.lse = torch.zeros(layers, batch, cache.config.heads, device=device)
-        self.taken = torch.zeros(layers, batch, kv_heads, dtype=torch.int32, device=device)  # its slot
+        self.taken = torch.full((layers, batch, kv_heads), -1, dtype=torch.int32, device=device)  # its slot
         self.rows = torch.zeros(batch, 4, dtype=torch.int32, device=device)  # as `ScoredKeys` has them
         self.told: list[list[int]] = []  # what `rows` holds
         self.stops: list[int] | None = None  # slots in use with the token of the step under way
@@ -202,6 +214,11 @@ class CapturedSteps:
             place_new(new, scored, self.cache.policy.decay, self.cache.policy.together)
         keys, values = self.pool[layer]
         attend_scored(new, keys, values, scored, layer)
+
+    def newest(self) -> int:
+        """Position of the last token that the kernels placed in the first row, -1 where others came since. Waits."""
+        slot = int(self.taken[0, 0, 0])
+        return int(self.held[0, 0, 0, slot]) if slot >= 0 else -1
 
     def received(self) -> Tensor:
         """What the newest token gave each slot: [L, B, Hk, S] float32."""

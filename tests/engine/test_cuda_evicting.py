@@ -193,10 +193,28 @@ def test_running_ahead_keeps_only_what_was_taken(device: torch.device) -> None:
         session.prefill([random_tokens(12, 1, 40)])
         text = list(islice(session.greedy(3, 10), 2))  # the first one shrinks the prompt
         assert session.lengths == [14]
-        text += list(session.greedy(text[-1], 2))
+        for count in (4, 2):  # the row is over its budget now: launches are alike
+            text += islice(session.greedy(text[-1], count), 2)
+        assert session.lengths == [18]
         texts.append(text)
     assert texts[0] == texts[1]
     assert_same_keys(ours, theirs)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_step_under_way_hides_in_positions_and_may_not_be_launched(launched: bool, device: torch.device) -> None:
+    """The next step is placed while a pass runs; a caller that stops leaves it so."""
+    ours, theirs = pair_of("h2o", device, batch=2)
+    for session in (ours, theirs):
+        session.prefill([random_tokens(12, 1, 40), random_tokens(5, 2, 40)])
+    for turn in range(3):
+        assert_same_step(ours, theirs, random_tokens(2, turn, 40))
+        positions = torch.tensor(ours.lengths, device=device)[:, None]
+        step = Step(positions * 0 + 7, positions, role="generated")
+        assert takes_fast_steps(ours)
+        if launched:
+            ours.runner.step(step, ours.cache)
+        assert_same_keys(ours, theirs)
 
 
 def test_the_last_token_of_a_single_row_can_be_taken_back_before_it_evicts(device: torch.device) -> None:
