@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewer.cache.head_pool import HeadPool
+from fewer.kernels.from_host import write_from_host
 from fewer.kernels.new_tokens import NewTokens
 from fewer.slots import Capture
 
@@ -44,7 +45,7 @@ class HeadHomes:
 
     def capture(self, places: list[list[list[int]]]) -> Capture:
         """`places` of each pool and row: slots in use, the new token's, the first seen behind the sinks, and these."""
-        self.places.copy_(torch.tensor(places, dtype=torch.int32), non_blocking=True)
+        write_from_host(self.places, places)
         addresses = [(each.data_ptr(), each.shape) for each in (*self.storages, self.homes, self.places)]
         return Capture((*addresses, self.base.dtype), self._launch)
 

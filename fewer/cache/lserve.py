@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from fewer.cache.head_gates import check_sparsity, gates_of, retrieval_heads
-from fewer.cache.lserve_capture import can_capture, capture_of
+from fewer.cache.lserve_capture import Launches, can_capture
 from fewer.cache.quantised_pages import Bits, RowLayout
 from fewer.cache.retrieval_pages import FEWEST, PageChoice, RetrievalPages
 from fewer.cache.sink_ring import SinkRing
 from fewer.errors import UsageError
+from fewer.kernels.from_host import write_from_host
 from fewer.model.config import ModelConfig
 from fewer.model.rope import Rotary
 from fewer.model.step import Step
@@ -170,6 +171,7 @@ class LServeCache:
             firsts[kind] += int((~heads).sum())
         self.counts = [0] * batch  # committed tokens
         self._step: Step | None = None  # the one that is not committed yet
+        self._launches: Launches | None = None  # of captured steps
         self._due = torch.zeros(batch, dtype=torch.int32, device=device)  # rows that choose pages in a captured step
 
     @property
@@ -233,8 +235,10 @@ class LServeCache:
         due = self.pages.place_one_each(self.counts)
         self._step = None
         if any(due):
-            self._due.copy_(torch.tensor(due, dtype=torch.int32))
-        return capture_of(self, self._due if any(due) else None)
+            write_from_host(self._due, due)
+        if self._launches is None or not self._launches.serve(self):
+            self._launches = Launches(self)
+        return self._launches.capture(self._due if any(due) else None)
 
     def truncate(self, row: int, length: int) -> None:
         """Forget the tokens of `row` from position `length` on. Raises FewerError where a window's are gone."""

@@ -31,28 +31,45 @@ def can_capture(cache: LServeCache) -> bool:
     )
 
 
-def capture_of(cache: LServeCache, due: Tensor | None) -> Capture:
-    """The launches of a step that is placed; `due` [B] int32: rows that choose pages, None: no row does."""
-    from fewer.kernels.triton.pack_new import pack_and_turn
-    from fewer.kernels.triton.packed_attention import attend_packed
-    from fewer.kernels.triton.page_selector import choose
+class Launches:
+    """What the kernels of all layers are told, for as long as no tensor of the cache is allocated anew."""
 
-    pages, group = cache.pages, cache.config.heads // cache.config.kv_heads
-    stores = [_stores(cache, layer) for layer in range(len(cache.layers))]
-    lists = [pages.lists_of(layer, each.pages.shape[2] * group) for layer, each in enumerate(stores)]
+    def __init__(self, cache: LServeCache):
+        pages, group = cache.pages, cache.config.heads // cache.config.kv_heads
+        self.held = _tensors(cache)
+        self.choice = pages.choice
+        self.stores = [_stores(cache, layer) for layer in range(len(cache.layers))]
+        self.lists = [pages.lists_of(layer, each.pages.shape[2] * group) for layer, each in enumerate(self.stores)]
+        tensors = *self.held, cache._due, *self.lists, *(each.bounds for each in self.stores)
+        homes = (layer.homes for layer in cache.layers)
+        placed = tuple((tensor.data_ptr(), tensor.shape) for tensor in (*tensors, *homes))
+        self.settings, self.placed = cache.settings, placed
 
-    def attend(layer: int, new: NewTokens) -> None:
-        own, chooses = stores[layer], due is not None and stores[layer].pages.shape[2] > 0
-        queries = pack_and_turn(new, own)
-        if due is not None and chooses:
-            choose(new, queries, own, due, lists[layer], pages.choice.pages)
-        attend_packed(new, queries, own, lists[layer], pages.choice.budget, chooses)
+    def serve(self, cache: LServeCache) -> bool:
+        """Whether they are still those of the cache."""
+        return all(ours is theirs for ours, theirs in zip(self.held, _tensors(cache), strict=True))
 
-    pool, ring = pages.pool, cache.ring.storage
-    tensors = pool.storage, pool.table, ring, cache._due, *lists, *(each.bounds for each in stores)
-    placed = tuple(tensor.data_ptr() for tensor in tensors), pool.storage.shape, pool.table.shape, ring.shape
-    homes = tuple(layer.homes.data_ptr() for layer in cache.layers)
-    return Capture((cache.settings, due is not None, placed, homes), attend)
+    def capture(self, due: Tensor | None) -> Capture:
+        """Of a step that is placed; `due` [B] int32: rows that choose pages, None: no row does."""
+        from fewer.kernels.triton.pack_new import pack_and_turn
+        from fewer.kernels.triton.packed_attention import attend_packed
+        from fewer.kernels.triton.page_selector import choose
+
+        def attend(layer: int, new: NewTokens) -> None:
+            own, lists = self.stores[layer], self.lists[layer]
+            chooses = due is not None and own.pages.shape[2] > 0
+            queries = pack_and_turn(new, own)
+            if due is not None and chooses:
+                choose(new, queries, own, due, lists, self.choice.pages)
+            attend_packed(new, queries, own, lists, self.choice.budget, chooses)
+
+        return Capture((self.settings, due is not None, self.placed), attend)
+
+
+def _tensors(cache: LServeCache) -> tuple[Tensor, ...]:
+    """What may be allocated anew; bounds grow with the pool."""
+    pool = cache.pages.pool
+    return pool.storage, pool.table, cache.ring.storage, cache.pages.statistics[0].bounds
 
 
 def _stores(cache: LServeCache, index: int) -> HeadStores:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewer.errors import PoolExhausted
+from fewer.kernels.from_host import from_host
 
 Key = tuple[int, tuple[int, ...]]  # the page in front (NONE at the text's start), and the tokens of this page
 NONE = -1
@@ -198,13 +199,13 @@ class PagePool:
         if not entries:
             return
         self._widen(1 + max(place for _, place, _ in entries))
-        rows, places, pages = torch.tensor(entries).t().to(self.table.device)
+        rows, places, pages = from_host(entries, torch.int64, self.table.device).t()
         self.table[rows, places] = pages.int()
 
     def _tabulate(self, row: int) -> None:
         pages = self.rows[row]
         self._widen(len(pages))
-        self.table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.table[row, : len(pages)] = from_host(pages, torch.int32, self.table.device)
         self.table[row, len(pages) :] = NONE
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fewer.cache.prefix_level import LevelKeys, PrefixLevel, Reading
+from fewer.kernels import prefix_product
+from fewer.kernels.from_host import write_from_host
 from fewer.kernels.new_tokens import NewTokens, processors
 from fewer.slots import Capture
 
@@ -28,7 +30,7 @@ class OwnText:
 
     def count(self, counts: Sequence[int]) -> None:
         """The rows have this many slots, the new token's included."""
-        self.lengths.copy_(torch.tensor(counts, dtype=torch.int32), non_blocking=True)
+        write_from_host(self.lengths, counts)
 
     def place(self, counts: Sequence[int], pool: Tensor) -> None:
         """Each row's new token goes behind its `counts` slots in `pool` [layers, 2, B, Hk, capacity, D]."""
@@ -39,7 +41,7 @@ class OwnText:
         if self.places is None:
             with torch.inference_mode(False):
                 self.places = torch.zeros_like(found, device=self.lengths.device)
-        self.places.copy_(found, non_blocking=True)
+        self.places.copy_(found.pin_memory() if self.places.is_cuda else found, non_blocking=True)
 
 
 def capture(pool: Tensor, own: OwnText, levels: Sequence[PrefixLevel]) -> Capture:
@@ -79,6 +81,10 @@ def _launch(pool: Tensor, own: OwnText, read: Sequence[tuple[LevelKeys, Reading]
         if reading.queries is not None:
             sums[index].fill_(-torch.inf)  # of rows that read no prefix of this level
         keys, values = prefix.pool[layer]
+        if reading.queries is None and len(prefix.lengths) == 1 and prefix_product.suits(q, keys[0], new.softcap):
+            held = slice(prefix.lengths[0])  # of a level that stays as it is
+            prefix_product.attend_all(q, keys[0, :, held], values[0, :, held], new.scale, parts[index], sums[index])
+            continue
         shared_prefix.launch(
             q, keys, values, prefix.pages, prefix.lengths_there, reading.pointers_there, parts[index],
             sums[index], new.scale, new.softcap, reading.queries, workspace=new.workspace, pdl=new.pdl,

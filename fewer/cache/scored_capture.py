@@ -14,6 +14,7 @@ from torch import Tensor
 from fewer.cache.eviction import Eviction
 from fewer.cache.scored import ScoredCache, counts_of
 from fewer.cache.scored_storage import ScoredStorage
+from fewer.kernels.from_host import write_from_host
 from fewer.kernels.list_attention import probabilities
 from fewer.kernels.new_tokens import NewTokens
 from fewer.model.config import ModelConfig
@@ -195,7 +196,7 @@ class CapturedSteps:
             for stop, count, newest in zip(stops, cache.slots.counts, recent, strict=True)
         ]
         if told != self.told:  # rows that are full tell the same at every step
-            self.rows.copy_(torch.tensor(told, dtype=torch.int32), non_blocking=True)
+            write_from_host(self.rows, told)
         self.told = told
         tensors = self.pool, self.scores, self.held, self.logits, self.lse, self.taken, self.rows
         together, decay = cache.policy.together, cache.policy.decay

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewer.errors import FewerError
 from fewer.kernels.causal import needs_no_mask
+from fewer.kernels.from_host import from_host
 from fewer.model.step import Step
 
 SLACK = 128  # tokens beyond the window that stay: the largest step, and how far a rollback reaches
@@ -162,7 +163,7 @@ class SlotMap:
     def place_each(self, positions: Tensor) -> None:
         """Place one token [B, 1] behind each row's slots, where there is room."""
         self.pending = [1] * len(self.counts)
-        slots = torch.tensor(self.counts, device=self.device)[:, None]
+        slots = from_host(self.counts, torch.int64, self.device)[:, None]
         self.table.scatter_(1, slots, positions)
 
     def make_room(self, width: int) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewer.cache.slot_map import SlotMap
+from fewer.kernels.from_host import write_from_host
 from fewer.slots import Capture
 
 
@@ -24,7 +25,7 @@ class WindowPlaces:
         sinks, window = self.slots.sinks, self.slots.window
         assert window is not None
         told = [[count, count, max(0, count + 1 - window), sinks] for count in self.slots.counts]
-        self.places.copy_(torch.tensor([told], dtype=torch.int32), non_blocking=True)
+        write_from_host(self.places, [told])
         key = pool.data_ptr(), pool.shape, pool.dtype, self.places.data_ptr()
         share = Share(self.places)
         return Capture(key, lambda layer, new: attend_new(new, pool[layer, 0], pool[layer, 1], share))

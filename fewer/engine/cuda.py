@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewer.engine.run_ahead import run_ahead, run_along
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
+from fewer.kernels.from_host import write_from_host
 from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
 from fewer.kernels.triton.ends import TopScratch, embed, most_likely
 from fewer.kernels.triton.linear import WIDE, Fused, Stored, multiply, word_order
@@ -149,7 +150,7 @@ class CudaDecoder:
     def feed(self, tokens: Sequence[int], lengths: Sequence[int]) -> Buffers:
         """tokens [B] at positions `lengths` [B], for the next pass."""
         work = self._buffers(len(tokens))
-        work.inputs.copy_(torch.tensor([list(tokens), list(lengths)], dtype=torch.int32), non_blocking=True)
+        write_from_host(work.inputs, [list(tokens), list(lengths)])
         return work
 
     def launch(self, work: Buffers, capture: Capture, positions: int) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fewer.kernels.from_host import from_host
 from fewer.model.step import Step
 from fewer.slots import Ahead, Capture, ContiguousCache, KVCache
 
@@ -109,6 +110,6 @@ def run_along(decoder: CudaDecoder, token: int, position: int, cache: KVCache, c
 def _step(token: int, position: int, device: torch.device) -> Step:
     return Step(
         tokens=torch.tensor([[token]]),
-        positions=torch.tensor([[position]], device=device),
+        positions=from_host([[position]], torch.int64, device),
         role="generated",
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewer.engine.runner import Runner
 from fewer.errors import UsageError
+from fewer.kernels.from_host import from_host
 from fewer.model.step import Step
 from fewer.slots import CorrectedCache, DraftTree, KVCache, SharingCache
 
@@ -95,7 +96,7 @@ class Session:
         device = self.runner.device
         step = Step(
             tokens=torch.as_tensor(tokens, dtype=torch.int64).view(-1, 1).to(device),
-            positions=torch.tensor(lengths, device=device)[:, None],
+            positions=from_host(lengths, torch.int64, device)[:, None],
             role="generated",
             lengths=None if all(new) else new,
         )

@@ -151,10 +151,9 @@ def packed_attention(
             wait_for_previous(PDL)
         if streams:
             keys = ring + row.to(tl.int64) * stride_row + (-1 - home).to(tl.int64) * stride_ring_head
-            to_value = ring_values
         else:
             keys = pages + home.to(tl.int64) * stride_head
-            to_value = page_values
+        to_value = tl.where(streams, ring_values, page_values)
         channel = tl.arange(0, HALF)
         held = channel < HALF_DIM
         vector = queries + (row * HEADS + head).to(tl.int64) * HEAD_DIM + channel

@@ -172,14 +172,19 @@ def blocks_for(
     batch: int, kv_heads: int, group: int, head_dim: int, element_size: int, groups: int, longest: int,
     multiprocessors: int,
 ) -> Blocks:  # fmt: skip
-    """Tiles of queries as the average group fills, and splits that fill the multiprocessors. Where a tile of queries is
-    full, more keys meet it at once: what is done once a tile, above all shrinking its output, is done half as often."""
+    """Tiles of queries as the average group fills, and splits that fill the multiprocessors. With many queries the
+    fastest of those timed on an H200 (`benchmarks/h200_lists.py`): small tiles where they are enough for three waves,
+    else large ones, and two programs on every multiprocessor."""
     width = max(16, next_power_of_2(head_dim)) * element_size  # bytes of a key
     rows = max(16, min(128, next_power_of_2(-(-batch * group // groups))))
-    rows, keys = (rows, 128 if rows == 128 else 64) if width <= 256 else (min(rows, 64), 32)
+    rows, keys = (rows, 64) if width <= 256 else (min(rows, 64), 32)
+    if rows == 128 and kv_heads * _tiles(batch, group, groups, 64) >= 3 * multiprocessors:
+        return Blocks(64, 64, 1, 4, 3)
     programs = kv_heads * _tiles(batch, group, groups, rows)
+    if rows == 128:
+        return Blocks(128, 64, max(1, min(2 * multiprocessors // programs, -(-longest // 256))), 4, 2)
     splits = splits_for(programs, -(-longest // (4 * keys)), multiprocessors)
-    return Blocks(rows, keys, splits, 8 if rows == 128 else 4, stages_for(rows, keys, width))
+    return Blocks(rows, keys, splits, 4, stages_for(rows, keys, width))
 
 
 def splits_for(programs: int, most: int, multiprocessors: int) -> int:

@@ -41,7 +41,8 @@ def test_bfloat16_and_the_chosen_blocks(device: torch.device) -> None:
     case = prefix_problem([5, 2], [80, 33], head_dim=64)
     case = replace(case, **{name: getattr(case, name).bfloat16() for name in ("q", "keys", "values")})
     check(case, device, blocks=None, tolerance=2**-7)
-    assert blocks_for(1024, 8, 4, 128, 2, 1, 16384, 132) == Blocks(128, 128, 1, 8, 2)  # 256 programs: 1.94 waves
+    assert blocks_for(1024, 8, 4, 128, 2, 1, 16384, 132) == Blocks(64, 64, 1, 4, 3)  # 512 programs
+    assert blocks_for(256, 8, 4, 128, 2, 1, 16384, 132) == Blocks(128, 64, 4, 4, 2)  # 256 programs
     assert splits_for(8, 64, 132) == 15  # 120 programs
 
 
