@@ -68,6 +68,7 @@ WHOLE = {
 LOSSY = [cache.name for cache in methods("cache") if not cache.lossless]
 SPECS = [f"{cache.name}:{each}".rstrip(":") for cache in methods("cache") for each in SMALL.get(cache.name, [""])]
 DECODINGS = [decoding.name for decoding in methods("decoding")]
+FROM_PROMPTS = ("aggressive",)  # copy prompts; the tiny model's answers repeat only what they say themselves
 LEARNERS = [cache.name for cache in methods("cache") if cache.learnt_by is not None]
 
 BEGINNING = random_tokens(14, vocab_size=300) * 3  # what the prompts have in common; it repeats itself
@@ -174,7 +175,7 @@ def test_a_pair_keeps_its_promises_or_is_refused_with_advice_that_works(
     assert all(texts)
     if find("decoding", decoding).lossless:
         runs.check(weights, cache, texts, runs.texts(weights, cache)[0])
-        assert decoding == "plain" or counts.accepted > 0
+        assert decoding in ("plain", *FROM_PROMPTS) or counts.accepted > 0
     if kind.lossless:
         runs.check(weights, "full", texts, runs.texts(weights, "full", decoding)[0])
 
