@@ -13,6 +13,7 @@ import torch
 from fewer.checkpoint.checkpoint import Checkpoint
 from fewer.checkpoint.open import open_checkpoint
 from fewer.checkpoint.tokenizer import Tokenizer
+from fewer.decoding.counts import Counts
 from fewer.decoding.generate import TokenEvent, generate
 from fewer.decoding.sampling import SamplingConfig
 from fewer.decoding.stop_strings import StopStrings
@@ -44,6 +45,8 @@ class Generation:
     kv_bytes: int = 0
     target_passes: int = 0  # after the prefill
     logprobs: list[float] | None = None
+    counts: Counts = field(default_factory=Counts)  # of a batch: of all its answers together
+    drafts: list[tuple[int, int, str]] = field(default_factory=list)  # tokens [start, stop) were guessed, and by what
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -133,8 +136,9 @@ class LanguageModel:
         sampling: SamplingConfig = GREEDY,
         logprobs: bool = False,
         session: Session | None = None,
+        counts: Counts | None = None,
     ) -> Iterator[TokenEvent]:
-        """Tokens as they come, for a batch of tokenised prompts."""
+        """Tokens as they come, for a batch of tokenised prompts; `counts` is filled meanwhile."""
         _check_max_tokens(max_tokens)
         if not prompts:
             raise UsageError("there is no prompt: give at least one")
@@ -147,9 +151,8 @@ class LanguageModel:
                 f"the prompt has {held + longest} tokens, but the model's context holds {self.context_length} with the "
                 "answer: shorten the prompt"
             )
-        yield from generate(
-            session, prompts, sampling, self.strategy, max_tokens, self.tokenizer.eos_tokens, logprobs=logprobs
-        )
+        stops = self.tokenizer.eos_tokens
+        yield from generate(session, prompts, sampling, self.strategy, max_tokens, stops, logprobs, counts)
 
     def stream(
         self,
@@ -171,7 +174,7 @@ class LanguageModel:
         result.logprobs = [] if logprobs else None
         start = first = time.perf_counter()
         try:
-            for event in self.events([tokens], max_tokens, sampling, logprobs, session):
+            for event in self.events([tokens], max_tokens, sampling, logprobs, session, result.counts):
                 if not result.tokens:
                     first = time.perf_counter()
                 shown, taken = "", 0
@@ -180,6 +183,9 @@ class LanguageModel:
                     taken += 1
                     if stops.found:  # what a draft brought behind it is not part of the answer
                         break
+                if event.guessed:
+                    place = len(result.tokens)
+                    result.drafts.append((place, place + min(event.guessed, taken), event.drafter))
                 result.tokens += event.tokens[:taken]
                 if result.logprobs is not None and event.logprobs is not None:
                     result.logprobs += event.logprobs[:taken]
@@ -230,9 +236,10 @@ class LanguageModel:
             return []
         encoded = [tokens for prompt in prompts for tokens in [self.encode(prompt, raw)] * completions]
         session = self.session(len(encoded), max(map(len, encoded)) + max_tokens + 1)
-        results = [Generation(prompt_tokens=len(tokens)) for tokens in encoded]
+        counts = Counts()
+        results = [Generation(prompt_tokens=len(tokens), counts=counts) for tokens in encoded]
         start = first = time.perf_counter()
-        for event in self.events(encoded, max_tokens, sampling, session=session):
+        for event in self.events(encoded, max_tokens, sampling, session=session, counts=counts):
             first = first if any(result.tokens for result in results) else time.perf_counter()
             result = results[event.row]
             result.target_passes += bool(result.tokens)  # the first token is the prefill's

@@ -261,6 +261,7 @@ class DraftTree:
     parents: list[int]
     origin: Origin = "deterministic"
     probabilities: Tensor | None = None
+    drafter: str = ""  # what made it, where a method has several ways: shown beside the text
 
     @property
     def depth(self) -> list[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewer.cli import options as o
+from fewer.cli.drafts import DraftPainter
 from fewer.cli.loading import choose_recipe, load_model, prepare
 from fewer.cli.output import note, print_json, print_table, size, table
 from fewer.errors import UsageError
@@ -23,6 +24,9 @@ def generate(
     max_tokens: o.MaxTokens = 256,
     stop: o.Stop = None,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Also give each token's log-probability.")] = False,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour what the decoding method guessed and the model accepted.")
+    ] = False,
     temperature: o.Temperature = 0.0,
     top_k: o.TopK = 0,
     top_p: o.TopP = 1.0,
@@ -53,13 +57,18 @@ def generate(
         raise UsageError("the prompt is empty: give some text")
     loaded = load_model(model, chosen, device, context)
     result = Generation()
+    painter = None if json or not show_drafts else DraftPainter(loaded, result)
     for piece in loaded.stream(text, raw, max_tokens, sampling, stop or (), result, logprobs):
-        if not json:
+        if painter is not None:
+            painter.show()
+        elif not json:
             print(piece, end="", flush=True)
     if json:
         print_json(figures(loaded, result))
         return
     print()
+    if painter is not None:
+        note(painter.legend())
     if logprobs:
         rows = [
             (repr(loaded.tokenizer.decode([token], skip_special=False)), str(token), f"{score:.4f}")
@@ -82,6 +91,7 @@ def figures(model: LanguageModel, result: Generation) -> dict[str, Any]:
         "prefill_tokens_per_second": result.prefill_tokens_per_second,
         "prefill_seconds": result.prefill_seconds,
         "tokens_per_pass": result.tokens_per_pass,
+        "drafts": result.counts.to_json() if result.counts.drafted else None,
         "load_seconds": model.load_seconds,
         "kv_bytes": result.kv_bytes,
         "weight_bytes": model.weight_bytes,

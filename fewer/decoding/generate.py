@@ -6,11 +6,13 @@ tree). That also holds when the loop ends or is left early, so a session can go 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from fewer.decoding import tree as trees
+from fewer.decoding.counts import Counts as Counts
 from fewer.decoding.plain import Plain
 from fewer.decoding.sampling import Sampler, SamplingConfig, argmax, log_probability
 from fewer.decoding.verifier import Verdict, Verifier
@@ -37,25 +39,8 @@ class TokenEvent:
     tokens: list[int]
     logprobs: list[float] | None = None  # natural, of the model's own law before warping
     finished: Finish | None = None
-
-
-@dataclass
-class Counts:
-    """Work of all rows together. The prefill and the token it yields are not counted."""
-
-    target_passes: int = 0  # a pass over several rows counts once for each
-    emitted: int = 0  # tokens of the text, the target's own included
-    drafted: int = 0
-    accepted: int = 0  # drafted tokens that became text
-
-    @property
-    def tau(self) -> float:
-        """Tokens for each target pass."""
-        return self.emitted / self.target_passes if self.target_passes else 1.0
-
-    @property
-    def draft_efficiency(self) -> float:
-        return self.accepted / self.drafted if self.drafted else 0.0
+    guessed: int = 0  # so many of the first tokens come from the draft
+    drafter: str = ""  # what made that, as `DraftTree.drafter`
 
 
 @dataclass(slots=True)
@@ -133,27 +118,27 @@ def _round(
     session: Session, rows: list[_Row], verifier: Verifier, stops: frozenset[int], counts: Counts
 ) -> Iterator[TokenEvent]:
     """One target pass over every unfinished row."""
-    lengths = session.lengths
+    lengths, began = session.lengths, time.perf_counter()
     drafts = [None if row.finished else _draft(session, row, lengths[row.index]) for row in rows]
+    drafted = time.perf_counter()
     if all(draft is None or len(draft.tokens) == 1 for draft in drafts):
         verdicts, committed = _decode(session, rows, verifier.logprobs), True
     else:
         verdicts = verifier.verify(drafts, [row.sampler for row in rows], [row.context for row in rows])
         committed = False
+    counts.draft_seconds += drafted - began
+    counts.verify_seconds += time.perf_counter() - drafted
     events: list[TokenEvent] = []
     paths: list[list[int]] = [[] for _ in rows]
     for row, draft, verdict in zip(rows, drafts, verdicts, strict=True):
         if draft is None or verdict is None:
             continue
-        before = len(verdict.tokens)
         event = _emit(session, row, verdict, stops, lengths[row.index] + 1)
         kept = len(event.tokens)
         # The session keeps all of the text but its last token: the root, and the guesses before a cut.
         paths[row.index] = verdict.path[:kept]
-        counts.target_passes += 1
-        counts.emitted += kept
-        counts.drafted += len(draft.tokens) - 1
-        counts.accepted += min(kept, before - 1)
+        event.guessed, event.drafter = min(kept, len(verdict.path) - 1), draft.drafter
+        counts.add(draft, verdict.path, kept)
         if row.drafter is not None and row.finished is None:
             row.drafter.accept(event.tokens)
         events.append(event)

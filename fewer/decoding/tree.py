@@ -7,6 +7,7 @@ A `DraftTree` is two lists in topological order (`parents[i] < i`). The session 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -63,7 +64,7 @@ def merge_duplicates(tree: DraftTree) -> DraftTree:
             tokens.append(key[1])
             parents.append(key[0])
         new_name[node] = known[key]
-    return DraftTree(tokens, parents) if len(tokens) < len(tree.tokens) else tree
+    return replace(tree, tokens=tokens, parents=parents) if len(tokens) < len(tree.tokens) else tree
 
 
 def cut(tree: DraftTree, limit: int) -> DraftTree:
@@ -76,7 +77,23 @@ def cut(tree: DraftTree, limit: int) -> DraftTree:
         return tree
     kept = slice(limit + 1)
     law = None if tree.probabilities is None else tree.probabilities[kept]
-    return DraftTree(tree.tokens[kept], tree.parents[kept], tree.origin, law)
+    return replace(tree, tokens=tree.tokens[kept], parents=tree.parents[kept], probabilities=law)
+
+
+def depth_first(tree: DraftTree) -> DraftTree:
+    """The same deterministic tree, each node right behind its parent or an elder sibling's descendants.
+
+    The path of first children then lies behind the root without holes, as a chain does, and a pass over it sums in the
+    order of plain decoding.
+    """
+    below = children(tree)
+    tokens, parents, waiting = [tree.tokens[0]], [-1], [(child, 0) for child in reversed(below[0])]
+    while waiting:
+        node, parent = waiting.pop()
+        waiting += [(child, len(tokens)) for child in reversed(below[node])]
+        tokens.append(tree.tokens[node])
+        parents.append(parent)
+    return DraftTree(tokens, parents)
 
 
 def check(tree: DraftTree, vocab_size: int) -> None:
