@@ -19,7 +19,7 @@ from fewer.cache.full import FullCache
 from fewer.cache.selected import SelectedCache
 from fewer.cache.stored import StoredCache
 from fewer.engine.session import Session
-from fewer.kernels.causal import FEWEST_HEADS, causal_attention
+from fewer.kernels.causal import causal_attention
 from fewer.model.config import ModelConfig
 
 LLAMA_2_7B = ModelConfig(
@@ -128,14 +128,19 @@ class Bench:
         session = self.session(kind, context, config)
         chunk = session.runner.chunk
         session.prefill([self.prompt(min(context, 2 * chunk), config)])  # type: ignore[list-item]
-        if self.device.type == "cuda" and context % chunk == 0:  # cuDNN makes a plan for every power of two of chunks
-            shape = 1, config.heads // config.kv_heads, chunk, config.head_dim
-            q = torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
-            heads = max(1, FEWEST_HEADS // shape[1])
-            k = torch.zeros(1, heads, context, config.head_dim, dtype=torch.bfloat16, device=self.device)
-            for tokens in range(chunk, context + 1, chunk):
-                if tokens in (chunk, context) or not tokens & (tokens - 1):
-                    causal_attention(q.expand(1, heads * shape[1], -1, -1), k[:, :, :tokens], k[:, :, :tokens], 1.0)
+        if self.device.type == "cuda" and context > chunk:
+            self._meet_every_length(config, context, chunk)
+
+    def _meet_every_length(self, config: ModelConfig, context: int, chunk: int) -> None:
+        """cuDNN makes a plan for every power of two of chunks, and the merge is compiled for every number of parts."""
+        group, dim = config.heads // config.kv_heads, config.head_dim
+        for heads in (4, 5):  # a cache may split them, and an odd number is another case to the compiler
+            q = torch.zeros(1, heads * group, chunk, dim, dtype=torch.bfloat16, device=self.device)
+            k = torch.zeros(1, heads, context, dim, dtype=torch.bfloat16, device=self.device)
+            for chunks in (1, 2, 3, 4, 5, 8, 16, 32):
+                seen = k[:, :, : chunks * chunk]
+                if seen.shape[2] == chunks * chunk:
+                    causal_attention(q, seen, seen, 1.0)
 
     def decoding(self, kind: Kind, session: Session, context: int) -> Results:
         """Steps of a session that has read its prompt."""

@@ -58,8 +58,7 @@ def capture(pool: Tensor, own: OwnText, levels: Sequence[PrefixLevel]) -> Captur
 
 
 def _launch(pool: Tensor, own: OwnText, read: Sequence[tuple[LevelKeys, Reading]], layer: int, new: NewTokens) -> None:
-    from fewer.kernels.triton import list_attention, shared_prefix  # where there is a GPU, there is Triton
-    from fewer.kernels.triton.attention_decode import Scratch
+    from fewer.kernels.triton import attention_decode, shared_prefix  # where there is a GPU, there is Triton
     from fewer.kernels.triton.merge_heads import merge_into
     from fewer.kernels.triton.new_tokens import turn_and_store
 
@@ -69,13 +68,12 @@ def _launch(pool: Tensor, own: OwnText, read: Sequence[tuple[LevelKeys, Reading]
     parts = new.workspace.take("parts", (len(read) + 1, batch, new.heads, head_dim))
     sums = new.workspace.take("log-sum-exp of parts", (len(read) + 1, batch, new.heads))
     q = turn_and_store(new, keys, values, own.places)
-    token_bytes = list_attention.key_bytes(keys)
-    sizes = batch * kv_heads, capacity, batch == 1, token_bytes, capacity
-    tiling = list_attention.tiling_for(*sizes, processors(keys.device))
-    scratch = Scratch.take(new.workspace, batch, kv_heads, tiling.splits, new.heads // new.kv_heads, head_dim)
-    list_attention.launch(
-        q, keys, values, own.pages, None, None, "token", own.lengths, parts[0], sums[0], None, scratch, tiling,
-        new.scale, new.softcap, pdl=new.pdl,
+    tiling = attention_decode.tiling_for(batch, kv_heads, capacity, processors(keys.device))
+    scratch = attention_decode.Scratch.take(
+        new.workspace, batch, kv_heads, tiling.splits, new.heads // new.kv_heads, head_dim
+    )
+    attention_decode.launch(
+        q, keys, values, own.lengths, parts[0], sums[0], scratch, tiling, new.heads, new.scale, None, new.softcap,
     )  # fmt: skip
     for index, (prefix, reading) in enumerate(read, 1):
         if reading.queries is not None:

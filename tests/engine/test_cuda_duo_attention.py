@@ -77,12 +77,12 @@ def test_a_rollback_and_a_row_that_waits_are_possible_in_between(device: torch.d
 
 
 @pytest.mark.gpu
-def test_replays_in_bfloat16_stay_near_the_cpus_float32() -> None:
-    ours, theirs = pair(1, torch.device("cuda"), torch.bfloat16)
+def test_replays_equal_the_cpus_general_path() -> None:
+    ours, theirs = pair(1, torch.device("cuda"))
     prompt = random_tokens(30, 1, 40)
-    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 0.15)
+    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 1e-3)
     for step in range(40):
-        assert_close(ours.decode([step]), theirs.decode([step]), 0.15)
+        assert_close(ours.decode([step]), theirs.decode([step]), 1e-3)
 
 
 def test_greedy_decoding_goes_along_with_the_host(device: torch.device) -> None:

@@ -121,14 +121,14 @@ def test_a_row_that_waits_and_a_prompt_are_possible_in_between(device: torch.dev
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_replays_in_bfloat16_stay_near_the_cpus_float32(bits: Any) -> None:
-    """All pages are on the lists: near ties would be decided otherwise in another precision."""
+def test_replays_equal_the_cpus_general_path(bits: Any) -> None:
+    """All pages are on the lists: near ties would be decided otherwise on another device."""
     settings = replace(SETTINGS, bits=bits, budget=128)
-    ours, theirs = pair(1, settings, torch.device("cuda"), dtype=torch.bfloat16)
+    ours, theirs = pair(1, settings, torch.device("cuda"))
     prompt = random_tokens(90, 1, 40)
-    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 0.15)
+    assert_close(ours.prefill([prompt]), theirs.prefill([prompt]), 2 * TOLERANCE[bits])
     for step in range(30):
-        assert_close(ours.decode([step]), theirs.decode([step]), 0.15)
+        assert_close(ours.decode([step]), theirs.decode([step]), 2 * TOLERANCE[bits])
 
 
 @pytest.mark.gpu
