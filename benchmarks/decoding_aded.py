@@ -34,6 +34,7 @@ from fewer.decoding.generate import Counts, generate
 from fewer.decoding.prompt_lookup import PromptLookup, PromptLookupConfig
 from fewer.decoding.rest import Rest, RestConfig
 from fewer.decoding.sampling import SamplingConfig
+from fewer.decoding.trigram_search import SearchName
 from fewer.decoding.trigram_table import build_table
 from fewer.evaluation.machine import machine
 from fewer.language_model import LanguageModel, load
@@ -52,6 +53,7 @@ CATEGORIES = ("coding", "summarization", "rag", "qa", "math_reasoning", "transla
 TARGET = ("coding", "summarization", "rag")
 CHATTY = ("writing", "roleplay", "reasoning", "math", "extraction", "stem", "humanities")  # few prompts each: "other"
 NODES = 63  # of a replayed draft
+C1 = (0.0, 0.1, 1.814, 8.0, 32.0, 128.0)
 
 
 def read_prompts(path: Path, each: int, categories: Sequence[str]) -> list[tuple[str, str]]:
@@ -161,9 +163,6 @@ def replayed(model: LanguageModel, answers: Sequence[Answer], corpus: Path | Non
         "aded, the window alone": aded(prompt=False),
         "aded, frozen after the prompt": PromptAlone(aded()),
         "aded, kept from answer to answer": aded(keep=True),
-        "product": aded(search="product"),
-        "breadth-first": aded(search="breadth-first"),
-        "chain": aded(search="chain"),
     }
     results: Results = {name: replay(strategy, answers, NODES).report(64) for name, strategy in drafters.items()}
     results["aded"]["by_category"] = {
@@ -173,15 +172,25 @@ def replayed(model: LanguageModel, answers: Sequence[Answer], corpus: Path | Non
     again = aded(keep=True)
     results["the same prompts twice"] = [round(replay(again, answers, NODES).tau, 3) for _ in range(2)]
     some = answers[:: max(1, len(answers) // 12)]  # the step-by-step search takes milliseconds a round
-    results["c1"] = {
-        reward: {
-            f"{c1:g}": round(replay(aded(search="monte-carlo", reward=reward, c1=c1), some, NODES).tau, 3)
-            for c1 in (0.0, 0.1, 1.814, 8.0, 32.0, 128.0)
-        }
+    start = None
+    if corpus is not None:
+        text = corpus.read_text(encoding="utf-8")
+        results["corpus"] = tables(model, some, text, aded)
+        start = build_table(model.tokenizer, text.split("\n\n"))
+
+    def tau(nodes: int, **changes: Any) -> float:
+        strategy = aded(**changes)
+        strategy.table = start or strategy.table
+        return round(replay(strategy, some, nodes).tau, 3)
+
+    searches: tuple[SearchName, ...] = ("visits", "product", "breadth-first", "chain")
+    results["searches"] = {
+        f"{nodes} nodes": {name: tau(nodes, search=name) for name in searches} for nodes in (4, 8, NODES)
+    }
+    results["c1, 8 nodes"] = {
+        reward: {f"{c1:g}": tau(8, search="monte-carlo", reward=reward, c1=c1) for c1 in C1}
         for reward in ("intended", "reference")
     }
-    if corpus is not None:
-        results["corpus"] = tables(model, some, corpus.read_text(encoding="utf-8"), aded)
     return results
 
 

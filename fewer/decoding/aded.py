@@ -158,9 +158,9 @@ class TrigramDrafter:
                 break
             self._insert(draft, guesses, known, self._longer(pair, path), limit, costs)
             hopeless = 0 if len(draft.tokens) > before or path in known else hopeless + 1
-        if not self.config.gate:
-            return draft
-        return tree.cut(draft, best_length([guess.chance for guess in guesses[1:]], costs))
+        if self.config.gate:
+            draft = tree.cut(draft, best_length([guess.chance for guess in guesses[1:]], costs))
+        return tree.depth_first(draft)
 
     def _longer(self, pair: tuple[int, int], path: tuple[int, ...]) -> tuple[int, ...]:
         """The path with the most likely token behind it, if there is one."""

@@ -8,14 +8,13 @@ not, so a gate that is closed opens again by itself.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 
 RECENT = 8  # times of a width that are kept
 FORGET = 512  # rounds after which a time no longer counts
 FIRST_SLOPE = 0.35  # of a plain pass: each further token, until widths are measured (what CPUs take)
-TRUST = 3  # times until the measured median stands alone
+TRUST = 3  # times until what was measured stands alone
 FADE = 0.998  # of what was counted, for each new count
 PRIOR = 4.0  # counts that the first guess of a chance stands for
 
@@ -40,13 +39,13 @@ class PassCost:
         return self.estimates
 
     def _estimate(self, most: int) -> list[float]:
-        """Medians where a width was measured, straight lines between and behind them."""
+        """What was measured of a width, and straight lines between such widths and behind the last."""
         oldest = self.rounds - FORGET
         known = {
             width: [seconds for when, seconds in kept if width == 1 or when > oldest]
             for width, kept in sorted(self.times.items())
         }
-        one = statistics.median(known[1]) if known.get(1) else None
+        one = _typical(known[1]) if known.get(1) else None
         if one is None:  # every pass was a wide one so far
             return [1 + FIRST_SLOPE * width for width in range(most)]
         points, slope = [(1, 1.0)], FIRST_SLOPE
@@ -56,10 +55,15 @@ class PassCost:
             last, value = points[-1]
             expected = value + slope * (width - last)
             # A single slow pass must not close the gate for good: few times stand beside what was expected.
-            found = statistics.median([*(each / one for each in seconds), *[expected] * max(0, TRUST - len(seconds))])
+            found = _typical([*(each / one for each in seconds), *[expected] * (TRUST - len(seconds))])
             points.append((width, max(value, found)))
             slope = (points[-1][1] - 1) / (width - 1)
         return _lines(points, slope, most)
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The lower quartile: what else runs on a machine only ever adds to a time."""
+    return sorted(times)[len(times) // 4]
 
 
 def _lines(points: Sequence[tuple[int, float]], slope: float, most: int) -> list[float]:

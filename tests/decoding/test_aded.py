@@ -244,6 +244,11 @@ def test_a_draft_is_a_tree_within_its_budget() -> None:
             assert max(draft.depth) <= 4
 
 
+def test_the_most_likely_path_lies_behind_the_root_like_a_chain() -> None:
+    draft = trees.depth_first(trees.DraftTree([0, 1, 2, 3, 4, 5], [-1, 0, 0, 1, 2, 3]))
+    assert draft.tokens == [0, 1, 3, 5, 2, 4] and draft.parents == [-1, 0, 1, 2, 0, 4]
+
+
 def test_a_frozen_table_learns_nothing() -> None:
     drafter = drafter_of(TrigramTable(), update=False, **WIDE)
     drafter.start([1, 2, 3, 1, 2])
