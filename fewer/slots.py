@@ -296,6 +296,17 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class HiddenDrafter(Protocol):
+    """A Drafter that reads the target's hidden states. Passes then run where these come out, not as CUDA graphs."""
+
+    def observe(self, hidden: Tensor) -> None:
+        """hidden [n, d]: the final norm's output at the n tokens committed just now, in order. After the prompt (in
+        pieces, if it is long; what the session held before is not told), and after each round those of its root and
+        accepted tokens. `accept` may come before or after."""
+        ...
+
+
 class LayerPlan(Protocol):
     """Which layers run for a token."""
 

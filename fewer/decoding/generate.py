@@ -7,9 +7,11 @@ tree). That also holds when the loop ends or is left early, so a session can go 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from torch import Tensor
 
 from fewer.decoding import tree as trees
 from fewer.decoding.counts import Counts as Counts
@@ -18,7 +20,7 @@ from fewer.decoding.sampling import Sampler, SamplingConfig, argmax, log_probabi
 from fewer.decoding.verifier import Verdict, Verifier
 from fewer.engine.session import Session
 from fewer.errors import UsageError
-from fewer.slots import CorrectedCache, Drafter, DraftTree
+from fewer.slots import CorrectedCache, Drafter, DraftTree, HiddenDrafter
 
 Finish = Literal["stop", "length"]
 
@@ -84,6 +86,7 @@ def generate(
                 raise UsageError("this cache cannot take back rejected guesses: use decoding=plain or cache=full")
             drafter.start(context)
         rows.append(_Row(index, context, Sampler(sampling, index), drafter, max_tokens))
+    session.observers = _observers(rows)
     logits = session.prefill(prompts)
     if len(rows) == 1 and rows[0].drafter is None and sampling.greedy and not (sampling.reads_history or logprobs):
         yield from _greedy(session, int(argmax(logits[0])), max_tokens, stops, counts)
@@ -95,6 +98,15 @@ def generate(
     verifier = Verifier(session, logprobs)
     while any(row.finished is None for row in rows):
         yield from _round(session, rows, verifier, stops, counts)
+
+
+def _observers(rows: list[_Row]) -> dict[int, Callable[[Tensor], None]]:
+    """Those who are told the target's hidden states."""
+    found = {}
+    for row in rows:
+        if isinstance(row.drafter, HiddenDrafter):
+            found[row.index] = row.drafter.observe
+    return found
 
 
 def _greedy(

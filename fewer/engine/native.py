@@ -119,8 +119,8 @@ class NativeDecoder:
         self._run(tokens, positions, cache.place(step), seen, cache, logits)
         self.step.hidden = None
         if step.logits == "last":
-            logits, hidden = logits[-1:], hidden[-1:]
-            return Output(self._finish(logits), hidden.to(self.model.dtype))
+            hidden = hidden[None] if step.hidden else hidden[-1:]
+            return Output(self._finish(logits[-1:]), hidden.to(self.model.dtype))
         return Output(self._finish(logits)[None], hidden.to(self.model.dtype)[None])
 
     def _check(self, tokens: Sequence[int]) -> None:

@@ -168,6 +168,7 @@ def _is_one_token(step: Step) -> bool:
         and step.tokens is not None
         and step.mask == "causal"
         and step.logits == "last"
+        and not step.hidden
         and step.layer_plan is None
         and not step.taps
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -26,6 +26,10 @@ class Session:
         self.config = runner.config
         self.context_length = context_length or runner.config.context_length
         self.passes = 0  # target passes since the start, prefill chunks not counted
+        # By row: what is told the final norm's output [n, d] of tokens when they are committed, in their order. Steps
+        # then run where all hidden states come out; while this is empty it costs nothing.
+        self.observers: Mapping[int, Callable[[Tensor], None]] = {}
+        self._tentative: Tensor | None = None  # [B, T, d] of the verified trees that wait for `commit`
 
     @property
     def lengths(self) -> list[int]:
@@ -40,7 +44,7 @@ class Session:
 
     def _feed_shared(self, rows: list[Tensor]) -> list[int]:
         """Feed once what several prompts begin with -> how many tokens of each prompt its row holds now."""
-        if not isinstance(self.cache, SharingCache):
+        if not isinstance(self.cache, SharingCache) or self.observers:  # each row has to run all of its tokens
             return [0] * len(rows)
         self._check_context([len(row) for row in rows])
         before = self.lengths
@@ -54,8 +58,8 @@ class Session:
         """Feed soft tokens [n, d] instead of tokens -> logits [B, V] float32."""
         return self._feed(_not_empty(list(embeddings)))
 
-    def _feed(self, rows: list[Tensor]) -> Tensor:
-        """Logits of the rows that bring something."""
+    def _feed(self, rows: list[Tensor], again: bool = False) -> Tensor:
+        """Logits of the rows that bring something. `again`: observers have seen these tokens."""
         sizes = [len(row) for row in rows]
         self._make_room(sizes)
         start, device = self.lengths, self.runner.device
@@ -75,9 +79,13 @@ class Session:
                 role="prompt",
                 lengths=None if min(new) == width else new,
                 logits="last" if done else "none",
+                hidden=bool(self.observers) and not again,
             )
-            logits = self.runner.step(step, self.cache).logits
+            output = self.runner.step(step, self.cache)
+            logits = output.logits
             self.cache.commit(new)
+            if step.hidden:
+                self._tell(output.hidden, [range(n) for n in new])
             for row in done:
                 assert logits is not None
                 result[row] = logits[row]
@@ -88,7 +96,7 @@ class Session:
         self._correct()
         lengths = self.lengths
         self.passes += 1
-        if len(lengths) == 1 and (active is None or active[0]):
+        if len(lengths) == 1 and (active is None or active[0]) and not self.observers:
             self._make_room([1])
             return self.runner.decode_one(int(tokens[0]), lengths[0], self.cache)
         new = [1] * len(lengths) if active is None else [int(flag) for flag in active]
@@ -99,11 +107,14 @@ class Session:
             positions=from_host(lengths, torch.int64, device)[:, None],
             role="generated",
             lengths=None if all(new) else new,
+            hidden=bool(self.observers),
         )
-        logits = self.runner.step(step, self.cache).logits
+        output = self.runner.step(step, self.cache)
         self.cache.commit(new)
-        assert logits is not None
-        return logits
+        if step.hidden:
+            self._tell(output.hidden, [range(n) for n in new])
+        assert output.logits is not None
+        return output.logits
 
     def greedy(self, token: int, count: int) -> Iterator[int]:
         """Feed `token` to a single sequence, then each most likely token (the lowest of equals): yields `count` of
@@ -146,14 +157,29 @@ class Session:
             mask="causal" if chains else "tree",
             ancestors=None if chains else ancestors([tree.parents if tree else [] for tree in trees], width),
             logits="all",
+            hidden=bool(self.observers),
         )
-        logits = self.runner.step(step, self.cache).logits
+        output = self.runner.step(step, self.cache)
+        logits, self._tentative = output.logits, output.hidden if step.hidden else None
         assert logits is not None
         return [None if tree is None else logits[row, : new[row]] for row, tree in enumerate(trees)]
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the accepted nodes of each row, ascending and with the root (node 0); drop the others."""
         self.cache.commit(paths)
+        if self._tentative is not None:
+            self._tell(self._tentative, paths)
+            self._tentative = None
+
+    def _tell(self, hidden: Tensor | None, kept: Sequence[Sequence[int]]) -> None:
+        """hidden [B, T, d] and the places of each row that were committed, for those who observe them."""
+        assert hidden is not None
+        for row, observe in self.observers.items():
+            places = kept[row]
+            if len(places):
+                first, count = places[0], len(places)
+                run = places[-1] == first + count - 1
+                observe(hidden[row, first : first + count] if run else hidden[row, list(places)])
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Cut each row to this many committed tokens."""
@@ -168,7 +194,7 @@ class Session:
         texts = self.cache.due()
         if texts is not None:
             self.rollback([length - len(text) for length, text in zip(self.lengths, texts, strict=True)])
-            self._feed([torch.tensor(text, dtype=torch.int64) for text in texts])
+            self._feed([torch.tensor(text, dtype=torch.int64) for text in texts], again=True)
 
     def _make_room(self, new: Sequence[int]) -> None:
         self._check_context(new)

@@ -31,6 +31,7 @@ class Step:
     layer_plan: Tensor | None = None  # [B, T, L] bool: which layers run for a token; None: all
     taps: Sequence[int] = ()  # hidden states to return: 0 = embeddings, i = after layer i
     logits: Literal["last", "all", "none"] = "last"  # "last" = the last valid token of each row
+    hidden: bool = False  # the final norm's output of all T tokens, whatever logits are asked for
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Output:
     """`logits` [B, V] for "last", [B, T, V] for "all", float32; `hidden` after the final norm, the same tokens."""
 
     logits: Tensor | None
-    hidden: Tensor | None = None  # [B, d] for "last", [B, T, d] otherwise
+    hidden: Tensor | None = None  # [B, d] for "last", [B, T, d] for "all" and where the step asks for `hidden`
     taps: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, d]
 
 

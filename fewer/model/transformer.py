@@ -66,10 +66,14 @@ class Transformer:
             x = self._run_layer(index, layer, x, step, caches)
             if index + 1 in step.taps:
                 taps[index + 1] = x.to(self.dtype)
-        if step.logits == "none":
+        if step.logits == "none" and not step.hidden:
             return Output(None, None, taps)
-        hidden = rms_norm(_last(x, step) if step.logits == "last" else x, self.norm, self.config.norm_eps, self.dtype)
-        return Output(self.logits(hidden), hidden, taps)
+        wanted = _last(x, step) if step.logits == "last" and not step.hidden else x
+        hidden = rms_norm(wanted, self.norm, self.config.norm_eps, self.dtype)
+        if step.logits == "none":
+            return Output(None, hidden, taps)
+        scored = _last(hidden, step) if step.logits == "last" and step.hidden else hidden
+        return Output(self.logits(scored), hidden, taps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] after the final norm -> [..., V] float32."""
