@@ -102,7 +102,7 @@ def generate(
 
 def _observers(rows: list[_Row]) -> dict[int, Callable[[Tensor], None]]:
     """Those who are told the target's hidden states."""
-    found = {}
+    found: dict[int, Callable[[Tensor], None]] = {}
     for row in rows:
         if isinstance(row.drafter, HiddenDrafter):
             found[row.index] = row.drafter.observe
