@@ -2,6 +2,7 @@
 
 from fewer.decoding.aded import Aded, AdedConfig
 from fewer.decoding.aggressive import Aggressive, AggressiveConfig
+from fewer.decoding.aggressive_plus import AggressivePlus, AggressivePlusConfig
 from fewer.decoding.draft_model import DraftModel, DraftModelConfig
 from fewer.decoding.plain import Plain
 from fewer.decoding.prompt_lookup import PromptLookup, PromptLookupConfig
@@ -13,6 +14,8 @@ __all__ = [
     "AdedConfig",
     "Aggressive",
     "AggressiveConfig",
+    "AggressivePlus",
+    "AggressivePlusConfig",
     "DraftModel",
     "DraftModelConfig",
     "Plain",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from fewer.decoding import tree as trees
 from fewer.decoding.counts import Counts as Counts
 from fewer.decoding.plain import Plain
 from fewer.decoding.sampling import Sampler, SamplingConfig, argmax, log_probability
-from fewer.decoding.verifier import Verdict, Verifier
+from fewer.decoding.verifier import Rule, Verdict, Verifier, accept
 from fewer.engine.session import Session
 from fewer.errors import UsageError
 from fewer.slots import CorrectedCache, Drafter, DraftTree, HiddenDrafter
@@ -31,6 +31,16 @@ class Strategy(Protocol):
     lossless: bool
 
     def drafter(self, sampling: SamplingConfig, row: int) -> Drafter | None: ...
+
+
+@runtime_checkable
+class LossyStrategy(Protocol):
+    """A Strategy that also accepts guesses which are not the target's own choice."""
+
+    @property
+    def rule(self) -> Rule:
+        """In place of the verifier's exact one."""
+        ...
 
 
 @dataclass(slots=True)
@@ -95,7 +105,7 @@ def generate(
         token = row.sampler.token(logits[row.index], row.context)
         scores = [log_probability(logits[row.index], token)] if logprobs else None
         yield _emit(session, row, Verdict([0], [token], scores), stops, session.lengths[row.index])
-    verifier = Verifier(session, logprobs)
+    verifier = Verifier(session, logprobs, strategy.rule if isinstance(strategy, LossyStrategy) else accept)
     while any(row.finished is None for row in rows):
         yield from _round(session, rows, verifier, stops, counts)
 

@@ -13,7 +13,7 @@ Each emitted token then has the target's law, whatever q is. Greedy decoding is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,10 @@ def _follow_argmax(tree: DraftTree, logits: Tensor, sampler: Sampler, context: S
         history.append(token)
 
 
+Rule = Callable[[DraftTree, Tensor, Sampler, Sequence[int]], tuple[list[int], int]]
+"""What `accept` is called with and answers."""
+
+
 @dataclass(slots=True)
 class Verdict:
     """What one row's round yields: `tokens[i]` was predicted by node `path[i]`."""
@@ -111,9 +115,9 @@ class Verdict:
 class Verifier:
     """Runs draft trees through the target. The pass stays tentative: the caller commits what it keeps of the path."""
 
-    def __init__(self, session: Session, logprobs: bool = False):
-        self.session = session
-        self.logprobs = logprobs
+    def __init__(self, session: Session, logprobs: bool = False, rule: Rule = accept):
+        """`rule`: the exact one above, or that of a lossy way of decoding."""
+        self.session, self.logprobs, self.rule = session, logprobs, rule
 
     def verify(
         self,
@@ -128,7 +132,7 @@ class Verifier:
             if tree is None or rows is None:
                 verdicts.append(None)
                 continue
-            path, token = accept(tree, rows, sampler, context)
+            path, token = self.rule(tree, rows, sampler, context)
             tokens = [*(tree.tokens[node] for node in path[1:]), token]
             scores = [log_probability(rows[n], t) for n, t in zip(path, tokens, strict=True)] if self.logprobs else None
             verdicts.append(Verdict(path, tokens, scores))

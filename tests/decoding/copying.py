@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fewer.decoding.aggressive import AggressiveConfig, CopyDrafter
+from fewer.decoding.copy_drafter import CopyDrafter, CopySettings
 from fewer.decoding.draft_gate import PassCost
 
 END = 5000  # behind the source in the prompt and behind the answer, as a chat's end-of-turn token is
@@ -51,7 +51,7 @@ def edited(source: Sequence[int], edits: int, kinds: str, seed: int, new: range 
     return answer
 
 
-def decode(config: AggressiveConfig, source: Sequence[int], answer: Sequence[int], share: float = 0.4) -> Rounds:
+def decode(config: CopySettings, source: Sequence[int], answer: Sequence[int], share: float = 0.4) -> Rounds:
     """Rounds until the answer and END are emitted; `share` of a pass over one token is what each further one costs."""
     drafter = CopyDrafter(replace(config, pass_cost=share), PassCost())
     prompt, text = [3000, 3001, *source, END, 3002], [*answer, END]

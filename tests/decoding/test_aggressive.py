@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewer.cache import FullCache, SinkWindowCache, SinkWindowConfig
-from fewer.decoding.aggressive import Aggressive, AggressiveConfig, CopyDrafter
+from fewer.decoding.aggressive import Aggressive, AggressiveConfig
+from fewer.decoding.copy_drafter import CopyDrafter, CopySettings
 from fewer.decoding.copy_source import CopySource
 from fewer.decoding.draft_gate import PassCost
 from fewer.decoding.generate import Counts
@@ -23,13 +24,14 @@ from tests.decoding.drafters import EachRow
 from tests.decoding.test_speculation import run
 from tests.random_model import random_tokens, random_transformer
 
-PAPER = AggressiveConfig(max_ngram=3, resync="unique", block="whole")
+PAPER = CopySettings(max_ngram=3, block="whole")
 SETTINGS = {
-    "adaptive": AggressiveConfig(),
-    "cheap-passes": AggressiveConfig(pass_cost=0.02),
+    "adaptive": CopySettings(),
+    "cheap-passes": CopySettings(pass_cost=0.02),
     "paper": PAPER,
-    "same-index": AggressiveConfig(resync="index"),
-    "widest": AggressiveConfig(tokens=63, block="whole", max_ngram=1),
+    "nearest": CopySettings(resync="nearest"),
+    "same-index": CopySettings(resync="index"),
+    "widest": CopySettings(tokens=63, block="whole", max_ngram=1),
 }
 HOT = SamplingConfig(temperature=1.3, top_k=20, seed=7)
 MODEL = random_transformer()
@@ -38,13 +40,13 @@ MODEL = random_transformer()
 class Told(CopyDrafter):
     """Copies from a text that it is given."""
 
-    def __init__(self, config: AggressiveConfig, source: list[int]):
+    def __init__(self, config: CopySettings, source: list[int]):
         self.told = source
         super().__init__(config, PassCost())
 
     def start(self, prompt: Any) -> None:
         super().start(prompt)
-        self.source = CopySource(self.told, self.config.max_ngram)
+        self.source = CopySource(self.told, self.settings.max_ngram)
 
 
 # ── exactness ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +85,7 @@ def test_sampled_text_is_the_plain_one_of_the_same_seed(cache: tuple[Any, ...]) 
     plain = run(MODEL, PROMPTS[:40], sampling=HOT, cache=cache)
 
     def make(row: int) -> Drafter:
-        return Told(PAPER if row % 2 else AggressiveConfig(), edited(plain[row], 5, "sid", row, range(48)))
+        return Told(PAPER if row % 2 else CopySettings(), edited(plain[row], 5, "sid", row, range(48)))
 
     counts = Counts()
     assert run(MODEL, PROMPTS[:40], EachRow(make), HOT, cache=cache, counts=counts) == plain
@@ -95,12 +97,12 @@ def test_sampled_text_is_the_plain_one_of_the_same_seed(cache: tuple[Any, ...]) 
 
 def test_an_answer_that_repeats_the_source_takes_one_round() -> None:
     source = [7, *range(100, 160)]
-    rounds = decode(AggressiveConfig(tokens=63, block="whole"), source, source)
+    rounds = decode(CopySettings(tokens=63, block="whole"), source, source)
     assert (rounds.passes, rounds.emitted) == (1, len(source))
 
 
-@pytest.mark.parametrize("config", [PAPER, AggressiveConfig()], ids=["paper", "adaptive"])
-def test_rounds_grow_linearly_with_the_edits(config: AggressiveConfig) -> None:
+@pytest.mark.parametrize("config", [PAPER, CopySettings()], ids=["paper", "adaptive"])
+def test_rounds_grow_linearly_with_the_edits(config: CopySettings) -> None:
     """No more than those of an untouched copy, and a few for each edit: the one that breaks off, and the resync."""
 
     def passes(edits: int) -> float:
@@ -111,7 +113,7 @@ def test_rounds_grow_linearly_with_the_edits(config: AggressiveConfig) -> None:
 
     untouched, each = passes(0), [passes(edits) / edits - passes(0) / edits for edits in (4, 8, 16)]
     assert untouched < 200 / 6
-    assert max(each) < 4.5 and max(each) < 2 * min(each)
+    assert max(each) < 5.5 and max(each) < 2 * min(each)
 
 
 def test_more_overlap_is_faster_and_unrelated_text_costs_little() -> None:
@@ -119,19 +121,19 @@ def test_more_overlap_is_faster_and_unrelated_text_costs_little() -> None:
 
     def speed(edits: int) -> float:
         sources = [source_text(150, seed) for seed in range(20)]
-        return mean(decode(AggressiveConfig(), s, edited(s, edits, "sid", n)).speed for n, s in enumerate(sources))
+        return mean(decode(CopySettings(), s, edited(s, edits, "sid", n)).speed for n, s in enumerate(sources))
 
     speeds = [speed(edits) for edits in (0, 3, 8, 20)]
     assert speeds == sorted(speeds, reverse=True)
     assert speeds[0] > 2.1 and speeds[1] > 1.6 and speeds[3] > 1.1
-    unrelated = [decode(AggressiveConfig(), source_text(150, n), source_text(150, n + 100)) for n in range(20)]
+    unrelated = [decode(CopySettings(), source_text(150, n), source_text(150, n + 100)) for n in range(20)]
     assert mean(rounds.tau for rounds in unrelated) < 1.1 and mean(rounds.speed for rounds in unrelated) > 0.95
     assert decode(PAPER, source_text(150, 1), source_text(150, 2)).speed < 0.8
 
 
 def test_going_on_at_the_same_index_loses_where_tokens_come_and_go() -> None:
     def tau(resync: Any, kinds: str) -> float:
-        config = AggressiveConfig(resync=resync, block="whole")
+        config = CopySettings(resync=resync, block="whole")
         sources = [source_text(150, seed) for seed in range(20)]
         return mean(decode(config, s, edited(s, 8, kinds, n)).tau for n, s in enumerate(sources))
 
@@ -181,17 +183,17 @@ def test_a_marker_says_where_the_text_to_be_edited_begins() -> None:
             return bytes([token])
 
     prompt = list(b"Fix this: a cat: sat") + [0, 98]
-    drafter = CopyDrafter(AggressiveConfig(source=": ", block="whole"), PassCost(), Bytes())
+    drafter = CopyDrafter(CopySettings(source=": ", block="whole"), PassCost(), Bytes())
     drafter.start(prompt)
     assert bytes(drafter.source.tokens[:10]) == b"a cat: sat"
     assert drafter.propose([*prompt, ord("a")], 40).tokens == [*b"a cat: sat", 0]  # and nothing behind the end of text
-    unmarked = CopyDrafter(AggressiveConfig(source="Text:", block="whole"), PassCost(), Bytes())
+    unmarked = CopyDrafter(CopySettings(source="Text:", block="whole"), PassCost(), Bytes())
     unmarked.start(prompt)
     assert len(unmarked.source) == len(prompt) and unmarked.place is None
 
 
 def test_a_drafter_forgets_the_text_before() -> None:
-    drafter = Aggressive(PAPER).drafter(SamplingConfig(), 0)
+    drafter = Aggressive(AggressiveConfig(max_ngram=3, block="whole")).drafter(SamplingConfig(), 0)
     assert drafter is not None
     for prompt in ([1, 2, 3, 4, 9], [11, 12, 13]):
         drafter.start(prompt)
