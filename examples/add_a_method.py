@@ -15,7 +15,7 @@ from fewer.cache.stored import StoredCache
 from fewer.errors import UsageError
 from fewer.evaluation.divergence import divergence, reference
 from fewer.model.config import ModelConfig
-from fewer.slots import method
+from fewer.registry import method
 
 
 @dataclass(frozen=True)

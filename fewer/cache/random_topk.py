@@ -34,14 +34,23 @@ class RandomLayer(SelectedLayer):
     cache: RandomTopkCache
 
     def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
-        """The older tokens of every query head are drawn without replacement."""
+        """The older tokens of every query head are drawn without replacement, by the query's position: a guess on a
+        branch draws what it would draw in a row."""
         settings, heads = self.cache.settings, q.shape[1]
         slots = torch.full((len(selection.own), heads, settings.budget), -1, dtype=torch.int32)
-        for query, own in enumerate(selection.own.tolist()):
-            lot = random.Random(f"{settings.seed}/{self.index}/{own}").getrandbits(62)
+        positions = selection.plan.step.positions.flatten().tolist()
+        seen = None
+        if mask is not None:
+            seen = mask[:, 0].expand(q.shape[0], q.shape[2], -1).flatten(0, 1).cpu()  # [B·T, S]
+        for query, (own, position) in enumerate(zip(selection.own.tolist(), positions, strict=True)):
+            older = torch.arange(own) if seen is None else seen[query].nonzero()[:, 0]
+            older = older[older != own]
+            lot = random.Random(f"{settings.seed}/{self.index}/{position}").getrandbits(62)
             generator = torch.Generator().manual_seed(lot)
-            drawn = min(settings.budget - 1, own)
-            slots[query, :, :drawn] = torch.rand(heads, own, generator=generator).topk(drawn).indices.int()
+            drawn = min(settings.budget - 1, len(older))
+            slots[query, :, :drawn] = older[
+                torch.rand(heads, len(older), generator=generator).topk(drawn).indices
+            ].int()
             slots[query, :, -1] = own
         return slots.to(q.device)
 
