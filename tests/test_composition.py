@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fewer.cache.head_gates import GATES
+from fewer.decoding.draft_training import stored
 from fewer.decoding.generate import Counts, generate
 from fewer.decoding.sampling import SamplingConfig
 from fewer.errors import FewerError, UsageError
@@ -19,6 +20,7 @@ from fewer.language_model import LanguageModel, load
 from fewer.recipe import Recipe
 from fewer.registry import find, methods
 from fewer.training import Adapter, Provenance, adapter_store, save_adapter
+from tests.decoding.trained_drafters import fresh
 from tests.random_model import random_tokens
 from tests.tiny_model import write_model
 
@@ -68,6 +70,7 @@ WHOLE = {
 LOSSY = [cache.name for cache in methods("cache") if not cache.lossless]
 SPECS = [f"{cache.name}:{each}".rstrip(":") for cache in methods("cache") for each in SMALL.get(cache.name, [""])]
 DECODINGS = [decoding.name for decoding in methods("decoding")]
+FROM_STATES = ("chimera", "medusa", "eagle")  # learn to guess; what is fitted here has learnt nothing
 FROM_PROMPTS = ("aggressive",)  # copy prompts; the tiny model's answers repeat only what they say themselves
 LEARNERS = [cache.name for cache in methods("cache") if cache.learnt_by is not None]
 
@@ -88,7 +91,8 @@ class Runs:
 
     def fit(self) -> None:
         """Put adapters where recipes that name none find them."""
-        for method, tensors in LEARNT.items():
+        drafters = {name: stored(fresh(self.models["dense"].transformer, name)) for name in FROM_STATES}
+        for method, tensors in (LEARNT | drafters).items():
             self.save(adapter_store.own_path(method, str(self.folder), self.fingerprint), method, tensors)
 
     def save(self, path: Path, method: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -98,6 +102,8 @@ class Runs:
         """Raises UsageError for a pair that is refused."""
         if decoding == "draft-model":
             decoding += f":model={self.folder},tokens=3"
+        if decoding in FROM_STATES:
+            decoding += ":gate=false,tokens=3,width=1"  # whatever the clock says
         model = self.models[weights]
         return model.with_recipe(Recipe(model.recipe.weights, cache, decoding=decoding, dtype="float32"))
 
@@ -175,7 +181,7 @@ def test_a_pair_keeps_its_promises_or_is_refused_with_advice_that_works(
     assert all(texts)
     if find("decoding", decoding).lossless:
         runs.check(weights, cache, texts, runs.texts(weights, cache)[0])
-        assert decoding in ("plain", *FROM_PROMPTS) or counts.accepted > 0
+        assert decoding in ("plain", *FROM_PROMPTS, *FROM_STATES) or counts.accepted > 0
     if kind.lossless:
         runs.check(weights, "full", texts, runs.texts(weights, "full", decoding)[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +71,8 @@ def train(
     path = output or own_path(chosen.name, model, loaded.checkpoint.fingerprint())
     with Bars() as bars:
         try:
-            adapter = fit_to_file(path, chosen, loaded, text, config, Steps(bars))
+            shown = Steps(bars)
+            adapter = fit_to_file(path, chosen, loaded, text, config, shown, shown.part)
         except KeyboardInterrupt:
             if state_path(path).exists():
                 note(f"what was done is in {state_path(path)}: the same command goes on from there")
@@ -108,11 +110,23 @@ class Steps:
 
     def __init__(self, bars: Bars):
         self.bars, self.begun = bars, False
+        self.since, self.steps = time.perf_counter(), 0  # of the last line
+        self.shown = 0  # tenths of other work
 
     def __call__(self, record: StepRecord, total: int) -> None:
-        if not self.begun and record.step > 1:
-            note(f"going on after step {record.step - 1}")
-        self.begun = True
+        if not self.begun:
+            self.begun, self.since, self.steps = True, time.perf_counter(), record.step
+            if record.step > 1:
+                note(f"going on after step {record.step - 1}")
         self.bars.step("fitting", record.step, total)
         if record.step * LINES // total > (record.step - 1) * LINES // total:
-            note(f"step {record.step} of {total}, loss {record.loss:.4g}")
+            seconds = (time.perf_counter() - self.since) / max(1, record.step - self.steps)
+            self.since, self.steps = time.perf_counter(), record.step
+            note(f"step {record.step} of {total}, loss {record.loss:.4g}, {seconds:.3g} s a step")
+
+    def part(self, label: str, done: int, total: int) -> None:
+        """Work before the first step."""
+        self.bars.step(label, done, total)
+        if done == total or done * LINES // total > self.shown:
+            self.shown = done * LINES // total
+            note(f"{label}: {done} of {total}")

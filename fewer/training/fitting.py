@@ -26,6 +26,8 @@ from fewer.training.haystack import filler
 from fewer.training.trainer import Loss, StepRecord, Trainer, TrainerConfig
 
 OnStep = Callable[[StepRecord, int], None]  # the update that was made, and how many there will be
+OnPart = Callable[[str, int, int], None]  # other work: what it is, how much is done, how much there is
+BUILT_IN = "the built-in text"
 
 
 class FittedModel(Protocol):
@@ -60,7 +62,12 @@ class TrainingText:
 
     @classmethod
     def built_in(cls) -> TrainingText:
-        return cls(filler(), "the built-in text")
+        return cls(filler(), BUILT_IN)
+
+    @property
+    def is_built_in(self) -> bool:
+        """Nobody has named a text."""
+        return self.name == BUILT_IN
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +85,7 @@ class TrainingRun:
     state: Path | None = None  # file of an interrupted run, which goes on; None: nothing is kept
     save_every: int = 50  # updates
     on_step: OnStep | None = None
+    on_part: OnPart | None = None
 
     def train(
         self, parameters: nn.Module | Mapping[str, nn.Parameter], loss: Loss, batches: Batches, config: TrainerConfig
@@ -124,13 +132,15 @@ def fit(
     config: Any = None,
     state: Path | None = None,
     on_step: OnStep | None = None,
+    on_part: OnPart | None = None,
 ) -> Adapter:
     """Fit `method` to `model`; `config` is its `fit_config`, by default with the paper's values."""
     if method.fit is None:
         raise UsageError(f"the method '{method.name}' learns nothing, so there is nothing to fit")
     if config is None and method.fit_config is not None:
         config = method.fit_config()
-    adapter: Adapter = method.fit(model, data, config, TrainingRun(method, model, data, config, state, on_step=on_step))
+    run = TrainingRun(method, model, data, config, state, on_step=on_step, on_part=on_part)
+    adapter: Adapter = method.fit(model, data, config, run)
     return adapter
 
 
@@ -141,11 +151,12 @@ def fit_to_file(
     data: TrainingText,
     config: Any = None,
     on_step: OnStep | None = None,
+    on_part: OnPart | None = None,
 ) -> Adapter:
     """`fit`, saved to `path` at once or not at all. Until then the run is kept beside it, and the same call goes on
     where it stopped."""
     state = state_path(path)
-    adapter = fit(method, model, data, config, state, on_step)
+    adapter = fit(method, model, data, config, state, on_step, on_part)
     save_adapter(path, adapter)
     state.unlink(missing_ok=True)
     return adapter
