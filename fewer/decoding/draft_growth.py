@@ -21,7 +21,7 @@ from fewer.slots import DraftTree
 
 FIRST_STAGE = 0.1  # of a plain pass: a level's own cost, until it is measured
 FADE = 0.9  # of what was measured of a level, for each new time
-MOST_IDLE = 3  # rounds without a draft before one is tried again, where the last ones did not pay
+MOST_IDLE = 12  # rounds without a draft before one is tried again, where none of the last ones paid
 
 Level = list[list[tuple[int, float]]]  # for each node that was expanded, its children: (token, probability)
 Expand = Callable[[list[int], list[int]], Level]  # children of tokens, each below the node expanded as number `parent`

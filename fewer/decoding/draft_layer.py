@@ -90,7 +90,12 @@ class DraftLayer(nn.Module):
         return x + product(ACTIVATIONS[self.config.activation](gate) * up, self.down)
 
     def _normed(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        return x if gain is None else rms_norm(x, gain.float(), self.config.norm_eps, x.dtype)
+        if gain is None:
+            return x
+        if torch.is_grad_enabled() and gain.requires_grad:  # also where x, a true hidden state, wants no gradient
+            values = x.float()
+            return (values * (values.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt() * gain).to(x.dtype)
+        return rms_norm(x, gain.float(), self.config.norm_eps, x.dtype)
 
 
 def branch_attention(
