@@ -127,7 +127,7 @@ class Bench:
         """Two chunks through a cache of the same kind: kernels are compiled, and libraries have chosen theirs."""
         session = self.session(kind, context, config)
         chunk = session.runner.chunk
-        session.prefill([self.prompt(min(context, 2 * chunk), config)])  # type: ignore[list-item]
+        session.prefill([self.prompt(min(context, 2 * chunk), config)])
         if self.device.type == "cuda" and context > chunk:
             self._meet_every_length(config, context, chunk)
 

@@ -164,7 +164,7 @@ def _hydragen(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
     capacity = prefix + SUFFIX + _room(bench)
     cache = HydragenCache(bench.config, batch, capacity, torch.bfloat16, bench.device)
     session = _session(bench, cache)
-    session.prefill(_prompts(bench, batch, prefix, SUFFIX))  # type: ignore[arg-type]
+    session.prefill(_prompts(bench, batch, prefix, SUFFIX))
     return session, SUFFIX
 
 
@@ -174,7 +174,7 @@ def _paged(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
     capacity = prefix + SUFFIX + _room(bench)
     cache = PagedCache(bench.config, batch, capacity, torch.bfloat16, bench.device)
     session = _session(bench, cache)
-    session.prefill(_prompts(bench, batch, prefix, 1))  # type: ignore[arg-type]
+    session.prefill(_prompts(bench, batch, prefix, 1))
     return session, 1
 
 
@@ -183,7 +183,7 @@ def _full(bench: Bench, batch: int, prefix: int) -> tuple[Session, int]:
     room, length = _room(bench), prefix + SUFFIX
     cache = FullCache(bench.config, batch, length + room, torch.bfloat16, bench.device)
     single = _session(bench, FullCache(bench.config, 1, length, torch.bfloat16, bench.device))
-    single.prefill([_prompts(bench, 1, prefix, SUFFIX)[0]])  # type: ignore[list-item]
+    single.prefill([_prompts(bench, 1, prefix, SUFFIX)[0]])
     _copy(single.cache, cache, length)  # type: ignore[arg-type]
     return _session(bench, cache), SUFFIX
 

@@ -106,7 +106,7 @@ def prefill(session: Session, prompt: Tensor, limit: float) -> Results:
     runner.stop = start + limit
     found: Results = {}
     try:
-        session.prefill([prompt])  # type: ignore[list-item]  # a tensor is a sequence of numbers, too
+        session.prefill([prompt])
     except (OutOfTime, torch.OutOfMemoryError) as error:
         found["failed"] = repr(error)[:200]
     runner.stop = math.inf

@@ -9,7 +9,6 @@ those of `fewer.model.transformer`, up to rounding.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fewer.engine.run_ahead import run_ahead, run_along
+from fewer.engine.run_ahead import is_finite, run_ahead, run_along
 from fewer.formats import DenseFormat, Int4Format, Int8Format, WeightFormat
 from fewer.kernels.from_host import write_from_host
 from fewer.kernels.new_tokens import Fusion, NewTokens, Workspace
@@ -84,11 +83,6 @@ class Buffers:
     top: TopScratch
 
 
-def _tops(report: Tensor) -> list[float]:
-    """The logits of a report [2, B]."""
-    return [float(top) for top in report[1].to(torch.int32).view(torch.float32).tolist()]
-
-
 class CudaDecoder:
     """Runs one token a row through `model`, storing its keys and values where the cache wants them."""
 
@@ -136,7 +130,7 @@ class CudaDecoder:
 
     def is_finite(self, batch: int) -> bool:
         """Whether the last pass over `batch` rows gave finite logits. Waits for it."""
-        return all(math.isfinite(top) for top in _tops(self.buffers[batch].report))
+        return is_finite(self.buffers[batch].report)
 
     def greedy(self, token: int, position: int, cache: KVCache, count: int) -> Iterator[int]:
         """Feed `token` at `position` to a single row, then each most likely token: yields `count` of them, the last one
@@ -157,8 +151,7 @@ class CudaDecoder:
         """One pass over what `work.inputs` holds, at positions below `positions`: the first one of its kind is run
         launch by launch and recorded, the others are replayed."""
         fusions = self._fusions(positions)
-        table = fusions[0].table
-        key = work.inputs.shape[1], None if table is None else table.data_ptr(), capture.key
+        key = work.inputs.shape[1], capture.key
         if key in self.graphs:
             self.graphs.move_to_end(key)
             self.graphs[key].replay()
@@ -199,6 +192,7 @@ class CudaDecoder:
     def _fusions(self, positions: int) -> list[Fusion]:
         """What every layer does to new queries and keys, with a table for this many positions or more."""
         if not self.fusions or self.reach < positions:
+            self.graphs.clear()  # they read the tables that are about to go
             self.reach = max(SHORTEST_TABLE, 1 << (positions - 1).bit_length())
             self.fusions = [self._fusion(layer) for layer in self.model.layers]
         return self.fusions

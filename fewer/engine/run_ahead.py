@@ -7,7 +7,6 @@ host commits and places while a pass runs, and launches the next one when the to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,11 @@ class NotFinite(Exception):
     def __init__(self, step: Step):
         super().__init__("logits are not finite")
         self.step = step
+
+
+def is_finite(report: Tensor) -> bool:
+    """Whether the logits in a report [2, B] are; waits for it."""
+    return bool(report[1].cpu().to(torch.int32).view(torch.float32).isfinite().all())
 
 
 class Arrivals:
@@ -51,9 +55,8 @@ class Arrivals:
         event = self.events[index % 2]
         if event is not None:
             event.synchronize()
-        token, bits = self.copies[index % 2][:, 0]
-        logit = float(bits.to(torch.int32).view(torch.float32))
-        return int(token) if math.isfinite(logit) else None
+        report = self.copies[index % 2]
+        return int(report[0, 0]) if is_finite(report) else None
 
 
 def run_ahead(

@@ -36,7 +36,7 @@ class Session:
         """Tokens of each row whose keys are committed."""
         return self.cache.lengths
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int] | Tensor]) -> Tensor:
         """Feed each row's tokens in chunks -> logits after each row's last token [B, V] float32."""
         rows = _not_empty([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts])
         held = self._feed_shared(rows)

@@ -157,6 +157,19 @@ def test_what_the_kernels_do_not_compute_is_left_to_the_general_path(changes: di
     assert not cuda.supports(build(config_of(**SMALL | changes), "dense", CPU))
 
 
+def test_graphs_go_with_the_rotary_tables_that_they_read() -> None:
+    """Also where the first layer has no positions: its table could not tell."""
+    model = build(config_of(**SMALL | {"rope_layers": (False, True)}), "dense", CPU)
+    decoder = fast_runner(model).cuda
+    assert decoder is not None
+    decoder._fusions(10)
+    decoder.graphs["recorded"] = object()  # type: ignore[assignment]
+    decoder._fusions(cuda.SHORTEST_TABLE)
+    assert decoder.graphs
+    decoder._fusions(cuda.SHORTEST_TABLE + 1)
+    assert not decoder.graphs
+
+
 def test_a_pool_that_was_outgrown_is_freed() -> None:
     session = session_of(fast_runner(build(config_of(**SMALL | {"layers": 1}), "dense", CPU)), 1)
     session.decode([1])
