@@ -103,7 +103,7 @@ class Runs:
         if decoding == "draft-model":
             decoding += f":model={self.folder},tokens=3"
         if decoding in FROM_STATES:
-            decoding += ":gate=false,tokens=3,width=1"  # whatever the clock says
+            decoding += ":gate=false,tokens=6"  # trees, whatever the clock says
         model = self.models[weights]
         return model.with_recipe(Recipe(model.recipe.weights, cache, decoding=decoding, dtype="float32"))
 

@@ -131,6 +131,13 @@ class PageStatistics:
         return whole * self.parts + -(-rest // self.logical_size)
 
 
+def upper_bound(q: Tensor, largest: Tensor, smallest: Tensor) -> Tensor:
+    """s of one page, for queries [H, D] of which those of a group read the bounds [Hk, D] of their key head -> [H]."""
+    grouped = q.float().view(len(largest), -1, q.shape[1])
+    high, low = grouped.clamp(min=0), grouped.clamp(max=0)
+    return (high * largest.float()[:, None] + low * smallest.float()[:, None]).sum(-1).flatten()
+
+
 def physical_scores(scores: Tensor, parts: int) -> Tensor:
     """s [B, H, P·g] of logical pages -> S [B, H, P]: a physical page is worth what its best logical page is."""
     return scores.unflatten(-1, (-1, parts)).amax(-1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewer.cache.page_statistics import Arrivals, PageStatistics, choose_pages
+from fewer.cache.page_statistics import Arrivals, PageStatistics, choose_pages, upper_bound
 from fewer.cache.selected import (
     SelectedCache,
     SelectedLayer,
@@ -63,13 +63,41 @@ class QuestLayer(SelectedLayer):
 
     def choose(self, q: Tensor, selection: Selection, mask: Tensor | None) -> Tensor:
         settings, size = self.cache.settings, self.cache.settings.page_size
-        seen = selection.own + 1  # a query's own token is the last that it may see, also in a tree
+        if selection.plan.step.mask == "tree":
+            assert mask is not None
+            return self._choose_on_branches(q, selection, mask)
+        seen = selection.own + 1  # a query's own token is the last that it may see
         bounds = self.cache.statistics.upper_bounds(self.member, queries_of(q), selection.rows, seen)
         if settings.sets == "key-head":
             bounds = bounds.unflatten(1, (self.keys.shape[1], -1)).amax(2)
         pages = choose_pages(bounds, seen, size, settings.budget // size)  # [B·T, H or Hk, K]
         slots = pages[..., None] * size + torch.arange(size, dtype=torch.int32, device=pages.device)
         return torch.where(pages[..., None] >= 0, slots, -1).flatten(2)
+
+    def _choose_on_branches(self, q: Tensor, selection: Selection, mask: Tensor) -> Tensor:
+        """What each query would choose in a row with its ancestors alone: pages that were whole before the step are as
+        they are, and what its branch sees behind them is cut into pages of its own."""
+        settings, size = self.cache.settings, self.cache.settings.page_size
+        queries, width, counts = queries_of(q), q.shape[2], self.cache.everything.counts
+        whole = torch.tensor([counts[query // width] // size for query in range(len(queries))], device=q.device)
+        bounds = self.cache.statistics.upper_bounds(self.member, queries, selection.rows, whole * size)
+        slots = torch.arange(bounds.shape[2] * size, dtype=torch.int32, device=q.device).view(-1, size)
+        slots = slots.repeat(len(queries), 1, 1)  # [B·T, P, page_size]
+        seen = mask[:, 0].expand(q.shape[0], width, -1).flatten(0, 1)
+        for query, first in enumerate(whole.tolist()):
+            behind = seen[query].nonzero()[:, 0]
+            behind = behind[behind >= first * size]
+            parts = behind.split(size) if len(behind) else ()  # padding sees nothing
+            for page, part in enumerate(parts, first):
+                keys = self.keys[query // width, :, part]  # [Hk, n, D]
+                bounds[query, :, page] = upper_bound(queries[query], keys.amax(1), keys.amin(1))
+                slots[query, page] = -1
+                slots[query, page, : len(part)] = part.int()
+        if settings.sets == "key-head":
+            bounds = bounds.unflatten(1, (self.keys.shape[1], -1)).amax(2)
+        pages = choose_pages(bounds, seen.sum(1).clamp(min=1), size, settings.budget // size)  # [B·T, H or Hk, K]
+        chosen = slots[torch.arange(len(queries), device=q.device)[:, None, None], pages.clamp(min=0).long()]
+        return torch.where(pages[..., None] >= 0, chosen, -1).flatten(2)
 
     def _store(self, k: Tensor, v: Tensor, plan: StepPlan) -> None:
         super()._store(k, v, plan)

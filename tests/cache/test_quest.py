@@ -90,3 +90,26 @@ def test_budgets_that_are_no_whole_pages_are_refused() -> None:
         parse_spec("cache", "quest:budget=100")
     with pytest.raises(UsageError, match="page_size=0 is not allowed"):
         parse_spec("cache", "quest:page_size=0")
+
+
+@pytest.mark.parametrize("sets", ["query-head", "key-head"])
+@pytest.mark.parametrize("length", [61, 64])  # within a page, and where one begins
+def test_a_branch_reads_what_a_row_would(sets: str, length: int) -> None:
+    """Two branches side by side, each longer than what is left of a page: every node's logits are those of its path."""
+    model, tokens = random_transformer(CONFIG), random_tokens(100)
+    settings = QuestConfig(budget=24, page_size=SIZE, sets=sets)  # type: ignore[arg-type]
+    parents = [-1, 0, 0, *range(1, 19)]  # root, two children, and below each a chain of every other node
+    tree = DraftTree(random_tokens(len(parents), seed=1), parents)
+    session = new_session(model, 1, QuestCache, settings)
+    session.prefill([tokens[:length]])
+    (found,) = session.verify([tree])
+    assert found is not None
+    for leaf in (len(parents) - 1, len(parents) - 2):
+        path = [leaf]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        row = new_session(model, 1, QuestCache, settings)
+        row.prefill([tokens[:length]])
+        for node in path:
+            wanted = row.decode([tree.tokens[node]])[0]
+            torch.testing.assert_close(found[node], wanted, rtol=1e-4, atol=1e-4)
